@@ -63,7 +63,7 @@ impl Ids {
     /// The ids of the last `count` tokens of every row; `None` where a row is shorter.
     pub fn last(&self, count: usize) -> Option<Self> {
         let skip = self.tokens.checked_sub(count)?;
-        let ids = (0..self.batch).flat_map(|b| self.row(b)[skip..].iter().copied()).collect();
+        let flat = (0..self.batch).flat_map(|b| self.row(b)[skip..].iter().copied()).collect();
         Some(Self { batch: self.batch, tokens: count, flat })
     }
 
