@@ -5,7 +5,7 @@ use super::structs::{
 };
 use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::types::{IntoPyDict, PyDict};
+use pyo3::types::IntoPyDict;
 use pyo3::{ffi, intern};
 use std::ptr::NonNull;
 
@@ -60,7 +60,7 @@ pub(super) fn take(object: &Bound<'_, PyAny>) -> PyResult<Option<Taken>> {
     match export.call((), Some(&wish)) {
         Ok(capsule) => open(&capsule).map(Some),
         // A producer from before 1.0 does not know the argument.
-        Err(error) if error.is_instance_of::<PyTypeError>(py) => open(&export.call((), None::<&PyDict>)?).map(Some),
+        Err(error) if error.is_instance_of::<PyTypeError>(py) => open(&export.call0()?).map(Some),
         Err(error) => Err(error),
     }
 }
