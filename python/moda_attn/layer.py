@@ -13,7 +13,7 @@ from .state import LayerState
 
 
 class ModaLayer(nn.Module):
-    """The parameters of one layer: aligner, modular mask and location prior; no parameter that the configuration cannot use.
+    """The parameters of one layer: aligner, modular mask and location prior; none that the configuration cannot use.
 
     Args:
         config: the configuration.

@@ -117,7 +117,7 @@ def _context(
         return supervised.int().cumsum(-1) == 0
     if training:
         raise ModaValueError(
-            'context = "prompt" needs to know where the prompt ends: give labels, or moda_context (B, N) bool, to forward'
+            'context = "prompt" must know where the prompt ends: give labels or moda_context (B, N) bool to forward'
         )
     if prompt_length is not None:
         columns = torch.arange(modality.shape[1], device=modality.device)
