@@ -23,9 +23,15 @@ pub mod view;
 
 pub mod spec;
 
-// cpu
+pub mod cpu;
 
-// dispatch
-// op
+pub mod dispatch;
+pub mod op;
+
+#[cfg(feature = "python")]
+mod dlpack;
+
+#[cfg(feature = "python")]
+mod py;
 
 pub use error::{Error, Result};
