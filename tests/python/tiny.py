@@ -74,12 +74,12 @@ def randomise(model: nn.Module, scale: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "moda" in name:
+            if ".moda." in name:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def inputs(family: str, rows: str | list[str], pad: str = "left") -> dict[str, Tensor]:
-    """Model inputs of rows such as "TTITT", padded to one length: T is a random text token, I all tokens of an image."""
+    """Model inputs of rows such as "TTITT", padded to one length: T is a random text token, I all of an image's."""
     generator = torch.Generator().manual_seed(11)
     rows = [rows] if isinstance(rows, str) else rows
     tokens = 10 if family.startswith("llava-next") else 4
