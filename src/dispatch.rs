@@ -1,0 +1,102 @@
+//! Which instruction set runs, and why: chosen once, at first use.
+
+use crate::error::{Error, Result};
+use std::env;
+use std::sync::OnceLock;
+
+/// An instruction set the CPU kernels are compiled for, weakest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Plain Rust, any machine.
+    Scalar,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Isa {
+    /// Every instruction set this crate knows, weakest first.
+    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+
+    /// The name `MODA_ATTN_ISA` takes.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this machine has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => crate::cpu::isa::avx2::Avx2::<f32>::is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => crate::cpu::isa::avx512::Avx512::<f32>::is_available(),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+}
+
+/// The instruction set that runs and the reason it was chosen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choice {
+    /// What runs.
+    pub isa: Isa,
+    /// Why, in words.
+    pub reason: String,
+}
+
+/// The decision itself: what was asked for, out of what there is. Pure.
+pub fn select(asked: Option<&str>, available: &[Isa]) -> Result<Choice> {
+    match asked {
+        None => {
+            let isa = available.iter().copied().max().unwrap_or(Isa::Scalar);
+            Ok(Choice { isa, reason: format!("the widest this machine has ({} is available)", names(available)) })
+        }
+        Some(name) => {
+            let found = available.iter().copied().find(|isa| isa.name() == name);
+            let error = || Error::InstructionSet { given: format!("{name:?}"), wanted: names(available) };
+            found.map(|isa| Choice { isa, reason: "MODA_ATTN_ISA asks for it".to_owned() }).ok_or_else(error)
+        }
+    }
+}
+
+/// The choice for this process. `MODA_ATTN_ISA` is read once; an impossible wish is an error at every call.
+pub fn choice() -> Result<Choice> {
+    static CHOICE: OnceLock<Result<Choice>> = OnceLock::new();
+    CHOICE
+        .get_or_init(|| {
+            let available: Vec<Isa> = Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect();
+            let asked = env::var("MODA_ATTN_ISA").ok().filter(|name| !name.is_empty());
+            select(asked.as_deref(), &available)
+        })
+        .clone()
+}
+
+fn names(available: &[Isa]) -> String {
+    available.iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_widest_is_chosen_unless_asked_otherwise() {
+        assert_eq!(select(None, &[Isa::Scalar, Isa::Avx2]).unwrap().isa, Isa::Avx2);
+        assert_eq!(select(Some("scalar"), &[Isa::Scalar, Isa::Avx2]).unwrap().isa, Isa::Scalar);
+    }
+
+    #[test]
+    fn what_the_machine_lacks_is_an_error_not_a_fallback() {
+        for wish in ["avx512", "sse9"] {
+            let error = select(Some(wish), &[Isa::Scalar, Isa::Avx2]).unwrap_err().to_string();
+            assert!(error.contains(wish) && error.contains("scalar, avx2"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! A problem is the whole input of one operator, validated once and trusted from then on by every kernel.
+
+use crate::dtype::{Element, Real};
+use crate::error::{Error, Result};
+use crate::ids::{Ids, MAX_MODALITIES};
+use crate::layout::print_shape;
+use crate::view::{View, ViewMut};
+
+/// What the weights of a modality's basis are: `G = sum of k^ᵀ w` over its context tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Basis {
+    /// w = k^, the unit key itself (paper, equation 5).
+    Gram,
+    /// w = v, the value ("+CoV", the paper's best).
+    Covariance,
+}
+
+impl Basis {
+    /// Parses the public name.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "gram" => Ok(Self::Gram),
+            "covariance" => Ok(Self::Covariance),
+            _ => Err(option("kind", format!("{name:?}"), r#""gram" or "covariance""#)),
+        }
+    }
+}
+
+/// How self and cross keys share the softmax.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Combine {
+    /// One softmax over the row (paper, equation 9).
+    Joint,
+    /// Two softmaxes, self and cross, each with its own sink; their outputs add (paper, equations 7 and 8).
+    Split,
+}
+
+impl Combine {
+    /// Parses the public name.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "joint" => Ok(Self::Joint),
+            "split" => Ok(Self::Split),
+            _ => Err(option("combine", format!("{name:?}"), r#""joint" or "split""#)),
+        }
+    }
+
+    /// Number of softmaxes a row has.
+    pub const fn parts(self) -> usize {
+        match self {
+            Self::Joint => 1,
+            Self::Split => 2,
+        }
+    }
+}
+
+fn option(argument: &'static str, given: String, wanted: &str) -> Error {
+    Error::Option { argument, given, wanted: wanted.to_owned() }
+}
+
+fn shape_error(argument: &'static str, given: &[usize], wanted: String) -> Error {
+    Error::Shape { argument, given: print_shape(given), wanted }
+}
+
+fn expect(argument: &'static str, given: &[usize], wanted: &[usize], meaning: &str) -> Result<()> {
+    if given == wanted {
+        return Ok(());
+    }
+    Err(shape_error(argument, given, format!("{} = {meaning}", print_shape(wanted))))
+}
+
+/// Duplex alignment of one batch of keys.
+///
+/// B batch, H key/value heads, N tokens, D head dim, M modalities. `T` is what the tensors store; parameters and basis
+/// are in the type the arithmetic runs in.
+#[derive(Debug, Clone, Copy)]
+pub struct AlignProblem<'a, T: Element> {
+    /// k (B, H, N, D), after rotary embedding.
+    pub key: View<'a, T, 4>,
+    /// v (B, H, N, D).
+    pub value: View<'a, T, 4>,
+    /// Modality of every token (B, N).
+    pub modality: &'a Ids,
+    /// The same with padding outside the context: what feeds the bases.
+    pub sources: &'a Ids,
+    /// keep (M, D, D).
+    pub keep: View<'a, T::Acc, 3>,
+    /// mix (M, D, D).
+    pub mix: View<'a, T::Acc, 3>,
+    /// G (B, H, M, D, D) to use instead of computing one.
+    pub basis: Option<View<'a, T::Acc, 5>>,
+    /// Gram or covariance.
+    pub kind: Basis,
+    /// Added to every component of a key before it is normalised.
+    pub eps: T::Acc,
+}
+
+impl<T: Element> AlignProblem<'_, T> {
+    /// Checks every shape against the key's and the parameters'; returns the problem itself.
+    pub fn validated(self) -> Result<Self> {
+        let [b, h, n, d] = self.key.shape();
+        let m = self.keep.shape()[0];
+        expect("value", &self.value.shape(), &[b, h, n, d], "the shape of key")?;
+        expect("modality", &self.modality.shape(), &[b, n], "(B, N)")?;
+        expect("context", &self.sources.shape(), &[b, n], "(B, N)")?;
+        if m == 0 || m > MAX_MODALITIES {
+            let wanted = format!("(M, D, D) with M from 1 to {MAX_MODALITIES} and D = {d}");
+            return Err(shape_error("keep", &self.keep.shape(), wanted));
+        }
+        expect("keep", &self.keep.shape(), &[m, d, d], "(M, D, D)")?;
+        expect("mix", &self.mix.shape(), &[m, d, d], "(M, D, D), as keep")?;
+        if let Some(basis) = self.basis {
+            expect("basis", &basis.shape(), &[b, h, m, d, d], "(B, Hkv, M, D, D)")?;
+        }
+        if !(self.eps >= T::Acc::ZERO && self.eps.is_finite()) {
+            return Err(option("eps", self.eps.to_string(), "a finite number >= 0"));
+        }
+        debug_assert!(self.modality.span() <= m && self.sources.span() <= m);
+        Ok(self)
+    }
+
+    /// Number of modalities M.
+    pub fn modalities(&self) -> usize {
+        self.keep.shape()[0]
+    }
+}
+
+/// Modular masked attention of one batch.
+#[derive(Debug, Clone, Copy)]
+pub struct AttendProblem<'a, T: Element> {
+    /// q (B, Hq, Nq, D).
+    pub query: View<'a, T, 4>,
+    /// k' (B, Hkv, Nk, D), aligned.
+    pub key: View<'a, T, 4>,
+    /// v (B, Hkv, Nk, D).
+    pub value: View<'a, T, 4>,
+    /// Modality of every key (B, Nk).
+    pub modality: &'a Ids,
+    /// Modality of every query (B, Nq).
+    pub query_modality: &'a Ids,
+    /// Sink logit z (B, Hq, Nq, parts); (B|1, Hq|1, Nq, parts) before validation. None: no pseudo-scores.
+    pub sink: Option<View<'a, T::Acc, 4>>,
+    /// Modality bias (B, Hq, M, M), [query modality, key modality]; (B|1, Hq|1, M, M) before validation.
+    pub bias: Option<View<'a, T::Acc, 4>>,
+    /// Key j is visible to query i only where j <= i + (Nk - Nq).
+    pub causal: bool,
+    /// Factor on q . k'.
+    pub scale: T::Acc,
+    /// One softmax or two.
+    pub combine: Combine,
+}
+
+impl<T: Element> AttendProblem<'_, T> {
+    /// Checks every shape and repeats sink and bias over batch and heads; returns the problem itself.
+    pub fn validated(mut self) -> Result<Self> {
+        let [b, hq, nq, d] = self.query.shape();
+        let [_, hkv, nk, _] = self.key.shape();
+        expect("key", &self.key.shape(), &[b, hkv, nk, d], "(B, Hkv, Nk, D) with the B and D of query")?;
+        expect("value", &self.value.shape(), &[b, hkv, nk, d], "the shape of key")?;
+        if hkv == 0 && hq != 0 || hkv != 0 && !hq.is_multiple_of(hkv) {
+            let wanted = format!("(B, Hq, Nq, D) with Hq a multiple of Hkv = {hkv}");
+            return Err(shape_error("query", &self.query.shape(), wanted));
+        }
+        expect("modality", &self.modality.shape(), &[b, nk], "(B, Nk)")?;
+        expect("query_modality", &self.query_modality.shape(), &[b, nq], "(B, Nq)")?;
+        let parts = self.combine.parts();
+        if let Some(sink) = self.sink {
+            self.sink = Some(sink.broadcast([b, hq, nq, parts]).ok_or_else(|| {
+                let (given, wanted) = match self.combine {
+                    Combine::Joint => (&sink.shape()[..3], format!("(B|1, Hq|1, Nq) = ({b}|1, {hq}|1, {nq})")),
+                    Combine::Split => (&sink.shape()[..], format!("(B|1, Hq|1, Nq, 2) = ({b}|1, {hq}|1, {nq}, 2)")),
+                };
+                shape_error("sink", given, wanted)
+            })?);
+        }
+        if let Some(bias) = self.bias {
+            let m = bias.shape()[2];
+            let fits = bias.broadcast([b, hq, m, m]).filter(|_| (1..=MAX_MODALITIES).contains(&m));
+            self.bias = Some(fits.ok_or_else(|| {
+                shape_error("modality_bias", &bias.shape(), format!("(B|1, Hq|1, M, M) = ({b}|1, {hq}|1, M, M)"))
+            })?);
+        }
+        if !self.scale.is_finite() {
+            return Err(option("scale", self.scale.to_string(), "a finite number"));
+        }
+        debug_assert!(self.modality.span().max(self.query_modality.span()) <= self.modalities());
+        Ok(self)
+    }
+
+    /// Number of modalities M: the bias table's, or as many as the ids span.
+    pub fn modalities(&self) -> usize {
+        let span = self.modality.span().max(self.query_modality.span()).max(1);
+        self.bias.map_or(span, |bias| bias.shape()[2])
+    }
+
+    /// Query heads that read one key head.
+    pub fn group(&self) -> usize {
+        let ([_, hq, ..], [_, hkv, ..]) = (self.query.shape(), self.key.shape());
+        hq.checked_div(hkv).unwrap_or(0)
+    }
+
+    /// Query i sees only keys `0 .. visible(i)` (and of those not the padding): the causal limit.
+    pub fn visible(&self, i: usize) -> usize {
+        let (nq, nk) = (self.query.shape()[2], self.key.shape()[2]);
+        if self.causal { (i + 1 + nk).saturating_sub(nq).min(nk) } else { nk }
+    }
+}
+
+/// Where alignment writes.
+#[derive(Debug)]
+pub struct AlignOutputs<'a, T: Element> {
+    /// k' (B, H, N, D).
+    pub aligned: ViewMut<'a, T, 4>,
+    /// G (B, H, M, D, D); not written where a basis was given.
+    pub basis: Option<ViewMut<'a, T::Acc, 5>>,
+}
+
+/// What backward of alignment starts from. `basis` of the problem must be set: G as forward used it.
+#[derive(Debug, Clone, Copy)]
+pub struct AlignUpstream<'a, T: Element> {
+    /// Gradient of k' (B, H, N, D).
+    pub aligned: View<'a, T, 4>,
+    /// Gradient of G itself (B, H, M, D, D), for those who use the returned basis.
+    pub basis: Option<View<'a, T::Acc, 5>>,
+    /// Whether forward computed G from the keys; otherwise it was given and `d_basis` is wanted.
+    pub computed: bool,
+}
+
+/// Where backward of alignment writes; everything is overwritten.
+#[derive(Debug)]
+pub struct AlignGradients<'a, T: Element> {
+    /// (B, H, N, D)
+    pub key: ViewMut<'a, T, 4>,
+    /// (B, H, N, D); zero where the value has no part in the basis.
+    pub value: ViewMut<'a, T, 4>,
+    /// (M, D, D)
+    pub keep: ViewMut<'a, T::Acc, 3>,
+    /// (M, D, D)
+    pub mix: ViewMut<'a, T::Acc, 3>,
+    /// (B, H, M, D, D), only for a given basis.
+    pub basis: Option<ViewMut<'a, T::Acc, 5>>,
+}
+
+/// Where attention writes; everything is overwritten.
+#[derive(Debug)]
+pub struct AttendOutputs<'a, T: Element> {
+    /// o (B, Hq, Nq, D).
+    pub out: ViewMut<'a, T, 4>,
+    /// L (B, Hq, parts, Nq): log of the row's denominator, sink included, natural. +inf for a row that sees nothing.
+    pub logsumexp: ViewMut<'a, T::Acc, 4>,
+    /// `o_self` and `o_cross` (B, Hq, 2, Nq, D), wanted for "split" only: backward needs them apart.
+    pub parts: Option<ViewMut<'a, T::Acc, 5>>,
+    /// Attention mass (B, Hq, Nq, 3): on self keys, on cross keys, on the pseudo-scores.
+    pub mass: Option<ViewMut<'a, T::Acc, 4>>,
+}
+
+/// What backward of attention starts from.
+#[derive(Debug, Clone, Copy)]
+pub struct AttendUpstream<'a, T: Element> {
+    /// Gradient of o (B, Hq, Nq, D), any strides.
+    pub out_gradient: View<'a, T, 4>,
+    /// o as forward wrote it.
+    pub out: View<'a, T, 4>,
+    /// L as forward wrote it.
+    pub logsumexp: View<'a, T::Acc, 4>,
+    /// `o_self` and `o_cross` as forward wrote them, for "split".
+    pub parts: Option<View<'a, T::Acc, 5>>,
+}
+
+/// Where backward of attention writes; everything is overwritten.
+#[derive(Debug)]
+pub struct AttendGradients<'a, T: Element> {
+    /// (B, Hq, Nq, D)
+    pub query: ViewMut<'a, T, 4>,
+    /// (B, Hkv, Nk, D)
+    pub key: ViewMut<'a, T, 4>,
+    /// (B, Hkv, Nk, D)
+    pub value: ViewMut<'a, T, 4>,
+    /// (B, Hq, Nq, parts)
+    pub sink: Option<ViewMut<'a, T::Acc, 4>>,
+    /// (B, Hq, M, M)
+    pub bias: Option<ViewMut<'a, T::Acc, 4>>,
+}
+
+/// Pseudo-scores of the modular mask: position and modality of every query row, decay and base a modality and head.
+#[derive(Debug, Clone, Copy)]
+pub struct SinkProblem<'a, R: Real> {
+    /// 0-based position among the row's real tokens (B, Nq).
+    pub position: View<'a, i64, 2>,
+    /// Modality of every query (B, Nq).
+    pub query_modality: &'a Ids,
+    /// The "fixed n" of the paper: the model's context window.
+    pub span: i64,
+    /// Decay (M, Hq).
+    pub decay: View<'a, R, 2>,
+    /// Base (M, Hq).
+    pub base: View<'a, R, 2>,
+}
+
+impl<R: Real> SinkProblem<'_, R> {
+    /// Checks every shape; returns the problem itself.
+    pub fn validated(self) -> Result<Self> {
+        let [b, nq] = self.position.shape();
+        let [m, hq] = self.decay.shape();
+        expect("query_modality", &self.query_modality.shape(), &[b, nq], "(B, Nq), the shape of position")?;
+        expect("base", &self.base.shape(), &[m, hq], "(M, Hq), the shape of decay")?;
+        if self.span < 0 {
+            return Err(option("span", self.span.to_string(), "a number of tokens >= 0"));
+        }
+        debug_assert!(self.query_modality.span() <= m);
+        Ok(self)
+    }
+}

@@ -1,0 +1,70 @@
+"""The one rule by which every test compares numbers.
+
+The error of a result is its relative L2 distance to a dense float64 evaluation. It must stay below a bound fixed for
+each dtype and, where torch's own dense eager computation in that dtype is at hand, below twice torch's error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: dtype -> (bound on outputs, bound on gradients), relative L2.
+BOUNDS = {
+    torch.float64: (1e-12, 1e-11),
+    torch.float32: (2e-6, 1e-5),
+    torch.bfloat16: (1e-2, 2e-2),
+    torch.float16: (2e-3, 4e-3),
+}
+#: How much worse than torch's dense eager computation in the same dtype a result may be.
+EAGER_FACTOR = 2.0
+
+
+def relative_l2(got: Tensor, truth: Tensor) -> float:
+    """``||got - truth|| / ||truth||`` in float64; infinity if `got` holds a NaN or infinity that `truth` has not there."""
+    got, truth = got.detach().double(), truth.detach().double()
+    assert got.shape == truth.shape, f"shape {tuple(got.shape)}, wanted {tuple(truth.shape)}"
+    odd = ~truth.isfinite()
+    if not torch.equal(torch.nan_to_num(got[odd], nan=12345.0), torch.nan_to_num(truth[odd], nan=12345.0)):
+        return float("inf")
+    difference = torch.where(odd, 0, got - truth)
+    if not difference.isfinite().all():
+        return float("inf")
+    error, size = difference.norm().item(), torch.where(odd, 0, truth).norm().item()
+    return error / size if size else error
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of one comparison; true when it passed, and its text says by how much."""
+
+    name: str
+    error: float
+    bound: float
+
+    def __bool__(self) -> bool:
+        return self.error <= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.name}: relative L2 error {self.error:.3g}, allowed {self.bound:.3g}"
+
+
+def verdict(got: Tensor, truth: Tensor, *, name: str, gradient: bool = False, eager: Tensor | None = None) -> Verdict:
+    """Compare `got` with its float64 `truth` under the bounds of got's dtype.
+
+    `eager` is torch's dense computation in the same dtype. With it the error must also be no more than `EAGER_FACTOR`
+    times the eager error; one rounding of the dtype is granted, as eager may happen to be exact.
+    """
+    bound = BOUNDS[got.dtype][gradient]
+    if eager is not None and got.dtype != torch.float64:
+        allowance = max(relative_l2(eager, truth), torch.finfo(got.dtype).eps / 2)
+        bound = min(bound, EAGER_FACTOR * allowance)
+    return Verdict(name, relative_l2(got, truth), bound)
+
+
+def assert_close(got: Tensor, truth: Tensor, *, name: str, gradient: bool = False, eager: Tensor | None = None) -> None:
+    """Assert :func:`verdict`."""
+    outcome = verdict(got, truth, name=name, gradient=gradient, eager=eager)
+    assert outcome, str(outcome)
