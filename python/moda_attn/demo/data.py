@@ -108,6 +108,13 @@ _ASK: dict[str, Callable[[int, random.Random], tuple[str, str]]] = {
 }
 KINDS = ("which", "is", "greater", "caption")
 UNKNOWABLE = "ink"
+KIND_TITLES = {
+    "which": "which digit",
+    "is": "is this a …",
+    "greater": "greater than …",
+    "caption": "caption true or false",
+    "ink": "unknowable ink",
+}
 
 
 def ask(digits: Digits, item: int, kind: str, rng: random.Random) -> Question:
