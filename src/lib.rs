@@ -21,7 +21,7 @@ pub mod layout;
 pub mod problem;
 pub mod view;
 
-// spec
+pub mod spec;
 
 // cpu
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from ._linalg import unit_rows
 from .errors import ModaTypeError, ModaValueError
 
 __all__ = ["duplex_align", "modular_attention", "pseudo_sink"]
@@ -72,7 +73,7 @@ def duplex_align(
     padding = (modality < 0)[:, None, :, None]
     # Padding may hold anything, NaN included: it is zeroed before it can reach a product.
     raw = key.to(work).masked_fill(padding, 0)
-    unit = _unit_rows(raw + eps)
+    unit = unit_rows(raw + eps)
     if basis is None:
         weight = unit if kind == "gram" else value.to(work)
         basis = _bases(unit, weight, _context_of(modality, context, modalities))
@@ -81,7 +82,7 @@ def duplex_align(
         check.dtype_in("basis", basis, (work,))
 
     others = 1 - torch.eye(modalities, dtype=work, device=key.device)
-    mapping = torch.einsum("am,bhmde->bhade", others, _unit_rows(basis))
+    mapping = torch.einsum("am,bhmde->bhade", others, unit_rows(basis))
     aligned = torch.zeros_like(raw)
     for a in range(modalities):
         elsewhere = (modality != a)[:, None, :, None]
@@ -89,16 +90,6 @@ def duplex_align(
         mixed = unit.masked_fill(elsewhere, 0) @ (mapping[:, :, a] @ mix[a].to(work))
         aligned = aligned + (kept + mixed)
     return torch.where(padding, key, aligned.to(dtype)), basis
-
-
-def _unit_rows(rows: Tensor) -> Tensor:
-    """Rows divided by their Euclidean norm; a zero row stays zero, with zero gradient."""
-    # Scaling by the largest magnitude first keeps the squares in range; the result does not depend on it.
-    largest = rows.detach().abs().amax(-1, keepdim=True) if rows.shape[-1] else rows
-    scaled = rows / torch.where(largest == 0, 1, largest)
-    squared = (scaled * scaled).sum(-1, keepdim=True)
-    zero = squared == 0
-    return torch.where(zero, 0, scaled * torch.where(zero, 1, squared).rsqrt())
 
 
 def _context_of(modality: Tensor, context: Tensor | None, modalities: int) -> Tensor:

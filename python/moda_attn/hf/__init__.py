@@ -1,0 +1,21 @@
+"""MODA inside Hugging Face models: patch in place, record, save, load, and undo."""
+
+from __future__ import annotations
+
+from .io import load_pretrained, save_pretrained
+from .patch import ApplyReport, apply, remove
+from .record import LayerMass, MassRecorder, record_mass
+from .registry import FAMILIES, Family
+
+__all__ = [
+    "FAMILIES",
+    "ApplyReport",
+    "Family",
+    "LayerMass",
+    "MassRecorder",
+    "apply",
+    "load_pretrained",
+    "record_mass",
+    "remove",
+    "save_pretrained",
+]

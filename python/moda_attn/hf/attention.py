@@ -1,0 +1,74 @@
+"""Patching one attention module: a subclass of its own class, made on the spot, whose forward passes through the seam."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..errors import ModaRuntimeError, ModaValueError
+from ..layer import ModaLayer
+from .seam import CacheSeam
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+
+def patch_attention(attention: nn.Module, layer: ModaLayer | None, runtime: Runtime) -> None:
+    """Swap the class of `attention`; its parameters keep their names, new ones go into the submodule `moda`."""
+    hook = _take_hook(attention)
+    attention.__class__ = _patched(type(attention))
+    attention.moda_runtime = runtime
+    attention.moda = layer
+    _give_hook(attention, hook)
+
+
+def unpatch_attention(attention: nn.Module) -> None:
+    """Undo :func:`patch_attention`."""
+    hook = _take_hook(attention)
+    attention.__class__ = type(attention).__base__
+    del attention.moda, attention.moda_runtime
+    _give_hook(attention, hook)
+
+
+@functools.cache
+def _patched(cls: type) -> type:
+    class Patched(cls):
+        def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+            call = kwargs.get("moda_call")
+            if call is None:
+                raise ModaRuntimeError(
+                    "a patched attention was called without modality ids: call the model, or its core, not the text decoder"
+                )
+            call.entered.add(self.layer_idx)
+            seam = CacheSeam(self.moda, call, past_key_values)
+            return super().forward(hidden_states, *args, past_key_values=seam, moda_seam=seam, **kwargs)
+
+    Patched.__name__ = f"Moda{cls.__name__}"
+    Patched.__qualname__ = Patched.__name__
+    return Patched
+
+
+def _take_hook(attention: nn.Module) -> Any:
+    """Take accelerate's hook off: it stores a `forward` on the instance, which would shadow the class."""
+    if "forward" not in vars(attention):
+        return None
+    hook = getattr(attention, "_hf_hook", None)
+    if hook is None:
+        raise ModaValueError(
+            f"{type(attention).__name__} has a forward of its own on the instance (another patch, such as Unsloth's); "
+            "moda-attn cannot be applied on top of it"
+        )
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(attention)
+    vars(attention).pop("forward", None)
+    return hook
+
+
+def _give_hook(attention: nn.Module, hook: Any) -> None:
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(attention, hook)

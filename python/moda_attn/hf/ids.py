@@ -1,0 +1,125 @@
+"""Which token is what: modality ids and context of the tokens of one forward call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import PADDING, TEXT, VISION
+from ..errors import ModaTypeError, ModaValueError
+
+#: Keyword arguments that a patched model's forward takes besides its own.
+OWN_ARGUMENTS = ("modality_ids", "mm_token_type_ids", "moda_context")
+
+
+@dataclass
+class ModaCall:
+    """What every layer must know about the tokens of one forward call.
+
+    It travels in the keyword arguments, so that checkpointed layers find it again in the backward pass.
+
+    Attributes:
+        modality: (B, n), of the n new tokens: 0 text, 1 vision, -1 padding.
+        context: (B, n) bool, the tokens that may feed a basis; None for all that are no padding.
+        entered: indices of the layers that ran.
+    """
+
+    modality: Tensor
+    context: Tensor | None
+    entered: set[int] = field(default_factory=set)
+
+
+def describe_call(
+    arguments: Mapping[str, Any], image_token: int, *, context: str, training: bool, prompt_length: int | None
+) -> ModaCall:
+    """Read the modality ids and the context off the arguments of a forward call.
+
+    Args:
+        arguments: of the model's forward, by name.
+        image_token: id of the placeholder of image features.
+        context: "prompt" or "all".
+        training: whether the call is a training step, which must not guess where the prompt ends.
+        prompt_length: number of prompt columns while the model generates.
+    """
+    modality = _modality(arguments, image_token)
+    if context == "all":
+        return ModaCall(modality, None)
+    return ModaCall(modality, _context(arguments, modality, training=training, prompt_length=prompt_length))
+
+
+def _modality(arguments: Mapping[str, Any], image_token: int) -> Tensor:
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    explicit = arguments.get("modality_ids")
+    if explicit is None:
+        explicit = arguments.get("mm_token_type_ids")
+    if explicit is not None:
+        wanted = (ids if ids is not None else embeds).shape[:2]
+        if not isinstance(explicit, Tensor):
+            raise ModaTypeError(f"modality_ids must be a torch.Tensor, got {type(explicit).__name__}")
+        if explicit.shape != wanted:
+            raise ModaValueError(f"modality_ids has shape {tuple(explicit.shape)}; wanted {tuple(wanted)}")
+        modality = explicit
+    elif ids is None:
+        raise ModaValueError("inputs_embeds do not say which tokens are image: give modality_ids (B, N) to forward")
+    elif _has_images(arguments):
+        modality = torch.where(ids == image_token, VISION, TEXT)
+    else:
+        # Without features in this call the placeholder id is an ordinary token, for instance a generated one.
+        modality = torch.full_like(ids, TEXT)
+    real = _real_tokens(arguments, modality.shape[1])
+    return modality if real is None else modality.masked_fill(~real.to(modality.device), PADDING)
+
+
+def _has_images(arguments: Mapping[str, Any]) -> bool:
+    encoded = arguments.get("mm_encoder_outputs") or {}
+    return arguments.get("pixel_values") is not None or encoded.get("image") is not None
+
+
+def _real_tokens(arguments: Mapping[str, Any], count: int) -> Tensor | None:
+    """(B, n) bool, false on padding, for the last `count` tokens; None where the call has no mask."""
+    mask = arguments.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ModaValueError(f"attention_mask is {shape}; wanted (B, N), or (B, 1, Nq, Nk) as a static cache makes it")
+    if mask.dim() == 2:
+        if mask.shape[1] < count:
+            raise ModaValueError(f"attention_mask has {mask.shape[1]} columns for {count} new tokens")
+        return mask[:, -count:].bool()
+    # The last query row of a causal mask sees every real token.
+    start = int(past_length(arguments.get("past_key_values")))
+    row = mask[:, 0, -1, start : start + count]
+    return row if row.dtype == torch.bool else row >= 0
+
+
+def past_length(cache: Any) -> int:
+    """Number of tokens that a key/value cache holds; 0 for None."""
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def _context(
+    arguments: Mapping[str, Any], modality: Tensor, *, training: bool, prompt_length: int | None
+) -> Tensor | None:
+    explicit, labels = arguments.get("moda_context"), arguments.get("labels")
+    if explicit is not None:
+        if not isinstance(explicit, Tensor) or explicit.dtype != torch.bool or explicit.shape != modality.shape:
+            raise ModaValueError(f"moda_context must be a bool tensor of shape {tuple(modality.shape)}")
+        return explicit
+    if labels is not None:
+        # The label at column 0 predicts nothing: a label is predicted by the token before it.
+        supervised = labels != -100
+        supervised[:, 0] = False
+        return supervised.int().cumsum(-1) == 0
+    if training:
+        raise ModaValueError(
+            'context = "prompt" needs to know where the prompt ends: give labels, or moda_context (B, N) bool, to forward'
+        )
+    if prompt_length is not None:
+        columns = torch.arange(modality.shape[1], device=modality.device)
+        return (columns < prompt_length).expand(modality.shape)
+    return None

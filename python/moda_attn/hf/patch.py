@@ -1,0 +1,196 @@
+"""Patching a Hugging Face model in place, and undoing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..config import ModaConfig
+from ..errors import ModaRuntimeError, ModaTypeError, ModaValueError
+from ..layer import ModaLayer
+from .attention import patch_attention, unpatch_attention
+from .interface import NAME, register
+from .registry import Family, family_of
+from .runtime import Runtime
+
+_RUNTIME = "moda_runtime"
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What :func:`apply` did.
+
+    Attributes:
+        model: name of the model class.
+        layers: indices of the layers that got MODA parameters.
+        skipped: index of every other layer -> why.
+        parameters: number of parameters added.
+        attention: the attention implementation that the text decoder now uses.
+        already: the model was patched with this configuration before; nothing was done.
+    """
+
+    model: str
+    layers: tuple[int, ...]
+    skipped: dict[int, str]
+    parameters: int
+    attention: str
+    already: bool = False
+
+    def __str__(self) -> str:
+        state = "was already patched" if self.already else "patched"
+        return (
+            f"{self.model} {state}: {len(self.layers)} layers, {len(self.skipped)} skipped, "
+            f"{self.parameters:,} parameters added, attention {self.attention!r}"
+        )
+
+
+def apply(model: nn.Module, config: ModaConfig | None = None, *, attention: str | None = None) -> ApplyReport:
+    """Patch a Hugging Face model in place.
+
+    Load the pretrained weights first. The patched model takes three more keyword arguments in forward:
+    ``modality_ids`` (B, N), needed with ``inputs_embeds``; ``mm_token_type_ids``, the same; and ``moda_context``
+    (B, N) bool, the tokens that may feed a basis. With ``context="prompt"`` a training step must give ``labels`` or
+    ``moda_context``; any other call without a cache takes all its tokens for the prompt.
+
+    Args:
+        model: of a supported family.
+        config: default ``ModaConfig()``.
+        attention: "moda" computes attention with this package's kernel; "keep" keeps the model's own implementation,
+            possible where the configuration only aligns keys. Default: "keep" where possible, else "moda".
+
+    Returns:
+        What was done. Applying the same configuration again does nothing and says so.
+
+    Raises:
+        ModaTypeError, ModaValueError: a model that is not supported or in a state that cannot be patched, or a
+            configuration that does not fit it.
+    """
+    config = ModaConfig() if config is None else config
+    if not isinstance(config, ModaConfig):
+        raise ModaTypeError(f"config must be a ModaConfig, got {type(config).__name__}")
+    runtime = runtime_of(model)
+    if runtime is not None:
+        if runtime.config != config:
+            raise ModaValueError(f"the model is already patched with {runtime.config}; call moda_attn.remove first")
+        return _report(model, runtime, already=True)
+    family = family_of(model)
+    use_kernel = _uses_kernel(config, attention)
+    if config.num_modalities < 2:
+        raise ModaValueError(f"num_modalities = {config.num_modalities}; {family.model} has text and vision, 2")
+    attentions = family.attentions(model)
+    chosen = config.layer_indices(len(attentions))
+    layers = {index: _new_layer(config, attentions[index]) for index in chosen}
+    return _report(model, _install(model, family, config, layers, use_kernel=use_kernel))
+
+
+def remove(model: nn.Module) -> None:
+    """Undo :func:`apply`: classes, hooks, attention implementation and parameters are those from before, bit for bit.
+
+    Raises:
+        ModaValueError: the model is not patched.
+    """
+    runtime = runtime_of(model)
+    if runtime is None:
+        raise ModaValueError(f"{type(model).__name__} is not patched; nothing to remove")
+    for module in runtime.family.attentions(model):
+        unpatch_attention(module)
+    runtime.disconnect(model)
+    _set_attention(model, runtime.family, runtime.attention)
+    delattr(model, _RUNTIME)
+
+
+def runtime_of(model: nn.Module) -> Runtime | None:
+    """The runtime of a patched model, None for any other."""
+    return vars(model).get(_RUNTIME) if isinstance(model, nn.Module) else None
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[Runtime]:
+    """Have the text decoder use our attention function inside the block, whatever state the model is in."""
+    runtime = runtime_of(model)
+    if runtime is None:
+        family = family_of(model)
+        runtime = _install(model, family, None, {}, use_kernel=True)
+        try:
+            yield runtime
+        finally:
+            remove(model)
+        return
+    current = _get_attention(model, runtime.family)
+    _set_attention(model, runtime.family, NAME)
+    try:
+        yield runtime
+    finally:
+        _set_attention(model, runtime.family, current)
+
+
+def _uses_kernel(config: ModaConfig, attention: str | None) -> bool:
+    if attention not in (None, NAME, "keep"):
+        raise ModaValueError(f'attention = {attention!r}; wanted "{NAME}", "keep" or None')
+    if attention == "keep" and config.changes_attention:
+        raise ModaValueError(
+            f'attention = "keep" needs a configuration that only aligns keys; got mask {config.mask!r}, '
+            f"combine {config.combine!r}, location_prior {config.location_prior}"
+        )
+    return attention == NAME or config.changes_attention
+
+
+def _install(
+    model: nn.Module, family: Family, config: ModaConfig | None, layers: dict[int, ModaLayer], *, use_kernel: bool
+) -> Runtime:
+    register()
+    attentions = family.attentions(model)
+    image_token = getattr(model.config, family.image_token)
+    runtime = Runtime(family, config, image_token, len(attentions), _get_attention(model, family))
+    if use_kernel:
+        _set_attention(model, family, NAME)
+    for index, module in enumerate(attentions):
+        patch_attention(module, layers.get(index), runtime)
+    runtime.connect(model)
+    setattr(model, _RUNTIME, runtime)
+    return runtime
+
+
+def _new_layer(config: ModaConfig, attention: nn.Module) -> ModaLayer:
+    """Fresh parameters for one attention module, on its device; float32, or float64 for a float64 model."""
+    weight = attention.k_proj.weight
+    if weight.device.type == "meta":
+        raise ModaValueError("the model's weights are on the meta device: load them first, then apply")
+    text = attention.config
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return ModaLayer(
+        config,
+        text.num_attention_heads,
+        text.num_key_value_heads,
+        attention.head_dim,
+        dtype=dtype,
+        device=weight.device,
+    )
+
+
+def _get_attention(model: nn.Module, family: Family) -> str:
+    return model.get_submodule(family.decoder).config._attn_implementation
+
+
+def _set_attention(model: nn.Module, family: Family, name: str) -> None:
+    if _get_attention(model, family) != name:
+        model.set_attn_implementation({family.text_config: name})
+    if _get_attention(model, family) != name:
+        raise ModaRuntimeError(f"{family.model} did not accept the attention implementation {name!r}")
+
+
+def _report(model: nn.Module, runtime: Runtime, *, already: bool = False) -> ApplyReport:
+    modules = runtime.family.attentions(model)
+    with_moda = {index: module.moda for index, module in enumerate(modules) if module.moda is not None}
+    return ApplyReport(
+        model=type(model).__name__,
+        layers=tuple(with_moda),
+        skipped={index: "not in config.layers" for index in range(len(modules)) if index not in with_moda},
+        parameters=sum(p.numel() for layer in with_moda.values() for p in layer.parameters()),
+        attention=_get_attention(model, runtime.family),
+        already=already,
+    )

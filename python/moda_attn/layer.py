@@ -1,0 +1,89 @@
+"""One attention layer's share of MODA, the same inside :class:`~moda_attn.ModaAttention` and a patched model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._ops import ops
+from .aligner import DuplexAligner
+from .config import ModaConfig
+from .mask import LocationPrior, ModularMask, basis_affinity
+from .state import LayerState
+
+
+class ModaLayer(nn.Module):
+    """The parameters of one layer: aligner, modular mask and location prior; no parameter that the configuration cannot use.
+
+    Args:
+        config: the configuration.
+        num_heads, num_kv_heads, head_dim: Hq, Hkv, D.
+        dtype, device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: ModaConfig,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        where = {"dtype": dtype, "device": device}
+        self.config = config
+        self.aligner = DuplexAligner(config, head_dim, **where)
+        self.mask = ModularMask(config, num_heads, num_kv_heads, head_dim, **where) if config.mask != "none" else None
+        self.prior = LocationPrior(num_heads, **where) if config.location_prior else None
+
+    def forward(
+        self, key: Tensor, value: Tensor, modality: Tensor, *, context: Tensor | None, state: LayerState | None
+    ) -> tuple[Tensor, LayerState]:
+        """Align new keys and say what to remember.
+
+        Args:
+            key, value: (B, Hkv, n, D) of the new tokens; modality: (B, n).
+            context: (B, n) bool, tokens that may feed a basis; only read where there is no `state` yet.
+            state: of the tokens before, None at the first call.
+
+        Returns:
+            The aligned keys, and the state that includes the new tokens.
+        """
+        if state is not None:
+            return self.aligner(key, value, modality, basis=state.basis)[0], state.extended(modality)
+        aligned, basis = self.aligner(key, value, modality, context=context)
+        affinity = basis_affinity(basis) if self.prior is not None else None
+        return aligned, LayerState(modality, basis, affinity)
+
+
+def attend(
+    layer: ModaLayer | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LayerState,
+    *,
+    scale: float,
+    return_mass: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Modular causal attention of the last Nq tokens to all N.
+
+    Args:
+        layer: the layer's parameters; None for plain attention.
+        query: (B, Hq, Nq, D); key, value: (B, Hkv, N, D), aligned.
+        state: of the N keys.
+        scale: of the scores.
+        return_mass: also return the attention mass (B, Hq, Nq, 3).
+    """
+    rows = query.shape[2]
+    options: dict = {}
+    if layer is not None:
+        options["combine"] = layer.config.combine
+        if layer.mask is not None:
+            query_modality = state.modality[:, -rows:]
+            options["sink"] = layer.mask(query, query_modality, state.position[:, -rows:], scale)
+        if layer.prior is not None:
+            options["modality_bias"] = layer.prior(state.affinity)
+    return ops.modular_attention(query, key, value, state.modality, scale=scale, return_mass=return_mass, **options)
