@@ -23,9 +23,9 @@ pub mod view;
 
 pub mod spec;
 
-// cpu
+pub mod cpu;
 
-// dispatch
-// op
+pub mod dispatch;
+pub mod op;
 
 pub use error::{Error, Result};

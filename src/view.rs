@@ -155,6 +155,31 @@ impl<'a, T: Copy, const R: usize> View<'a, T, R> {
         self.pointer.wrapping_offset(offset)
     }
 
+    /// The part of the tensor under a leading index; `S` = `R` - `L`.
+    pub fn index<const L: usize, const S: usize>(&self, leading: [usize; L]) -> View<'a, T, S> {
+        assert_eq!(L + S, R);
+        let offset: isize = (0..L)
+            .map(|axis| {
+                assert!(leading[axis] < self.shape[axis], "index {leading:?} outside shape {:?}", self.shape);
+                leading[axis] as isize * self.strides[axis]
+            })
+            .sum();
+        let mut view =
+            View { pointer: self.pointer.wrapping_offset(offset), shape: [0; S], strides: [0; S], owner: PhantomData };
+        view.shape.copy_from_slice(&self.shape[L..]);
+        view.strides.copy_from_slice(&self.strides[L..]);
+        view
+    }
+
+    /// The same tensor without the first `count` entries of a dimension.
+    pub fn skip(&self, axis: usize, count: usize) -> Self {
+        assert!(count <= self.shape[axis], "{count} entries to skip of shape {:?}", self.shape);
+        let mut shape = self.shape;
+        shape[axis] -= count;
+        let pointer = self.pointer.wrapping_offset(count as isize * self.strides[axis]);
+        Self { pointer, shape, ..*self }
+    }
+
     /// The same elements with dimensions of size 1 repeated (stride 0) up to `shape`; `None` where that cannot be.
     pub fn broadcast(&self, shape: [usize; R]) -> Option<Self> {
         let mut strides = self.strides;
@@ -167,6 +192,15 @@ impl<'a, T: Copy, const R: usize> View<'a, T, R> {
             }
         }
         Some(Self { pointer: self.pointer, shape, strides, owner: PhantomData })
+    }
+
+    /// The same tensor with a first dimension of size 1 added.
+    pub fn with_first<const S: usize>(&self) -> View<'a, T, S> {
+        assert_eq!(S, R + 1);
+        let mut view = View { pointer: self.pointer, shape: [1; S], strides: [0; S], owner: PhantomData };
+        view.shape[1..].copy_from_slice(&self.shape);
+        view.strides[1..].copy_from_slice(&self.strides);
+        view
     }
 
     /// The same tensor with a last dimension of size 1 added.
@@ -213,6 +247,16 @@ impl<'a, T: Copy, const R: usize> ViewMut<'a, T, R> {
         }
         // SAFETY: the constructor vouched for a contiguous tensor of this shape, held exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.pointer, length) }
+    }
+
+    /// One element.
+    ///
+    /// # Safety
+    /// No two live references may be to the same element: each is handed to one task only.
+    #[allow(clippy::mut_from_ref, reason = "tasks write disjoint elements in parallel; see the safety note")]
+    pub unsafe fn element(&self, index: [usize; R]) -> &mut T {
+        // SAFETY: the caller's promise.
+        unsafe { &mut self.block(index)[0] }
     }
 
     /// The elements of one contiguous block: the part of the tensor under a leading index.

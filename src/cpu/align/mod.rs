@@ -1,0 +1,32 @@
+//! Duplex alignment on the CPU: bases, their row norms and mixes, and the aligned keys; forward and backward.
+
+mod backward;
+mod basis;
+mod forward;
+
+use super::{CpuReal, Exec, with_token};
+use crate::dtype::Element;
+use crate::error::Result;
+use crate::problem::{AlignGradients, AlignOutputs, AlignProblem, AlignUpstream};
+
+/// Tokens that are packed and multiplied at a time.
+const TOKENS: usize = 128;
+
+/// Aligned keys and the bases (paper, equations 5 and 6).
+pub fn forward<T: Element<Acc: CpuReal>>(
+    exec: Exec,
+    problem: &AlignProblem<'_, T>,
+    outputs: &mut AlignOutputs<'_, T>,
+) -> Result<()> {
+    with_token!(exec, T::Acc, s => forward::run(s, exec.threads, problem, outputs))
+}
+
+/// Gradients through unit keys, basis, row norm and fusion.
+pub fn backward<T: Element<Acc: CpuReal>>(
+    exec: Exec,
+    problem: &AlignProblem<'_, T>,
+    upstream: &AlignUpstream<'_, T>,
+    gradients: &mut AlignGradients<'_, T>,
+) -> Result<()> {
+    with_token!(exec, T::Acc, s => backward::run(s, exec.threads, problem, upstream, gradients))
+}

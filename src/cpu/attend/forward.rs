@@ -1,0 +1,288 @@
+//! Forward: online softmax over key blocks, the sink in the running maximum, mass in the same pass.
+
+use super::mask::{Block, Content, Part, Row, Tables};
+use super::plan::{KEYS, ROWS, RowBlock, Sizes, row_blocks};
+use super::rows::{RowInfo, Tile, infos, tiles};
+use crate::cpu::buffer::Buffer;
+use crate::cpu::kernel::exp2::exp2_one;
+use crate::cpu::kernel::gemm::{Left, Right, Size, Target, gemm};
+use crate::cpu::kernel::pack;
+use crate::cpu::kernel::softmax::{Running, Span, clear, softmax, split_sum};
+use crate::cpu::simd::Simd;
+use crate::cpu::{CpuReal, parallel};
+use crate::dtype::{Element, Real};
+use crate::error::Result;
+use crate::ids::PADDING;
+use crate::problem::{AttendOutputs, AttendProblem};
+
+pub(super) fn run<S, T>(
+    s: S,
+    threads: usize,
+    problem: &AttendProblem<'_, T>,
+    outputs: &mut AttendOutputs<'_, T>,
+) -> Result<()>
+where
+    S: Simd<Real = T::Acc>,
+    T: Element<Acc: CpuReal>,
+{
+    let sizes = Sizes::new(s, problem);
+    let blocks = row_blocks(sizes.group, sizes.queries);
+    let units = sizes.batch * sizes.kv_heads;
+    if units == 0 || blocks.is_empty() {
+        return Ok(());
+    }
+    // A task is a share of one key head's row blocks: whole heads where there are enough of them, so that keys are
+    // packed once. Rows are independent, so the shares may depend on the threads.
+    let shares = if threads == 1 { 1 } else { (4 * threads).div_ceil(units).min(blocks.len()) };
+    let tasks = units * shares;
+    let outputs = &*outputs;
+    let worker = |_| Worker::new(s, problem, sizes, outputs.mass.is_some());
+    let mut workers = (0..threads.min(tasks)).map(worker).collect::<Result<Vec<_>>>()?;
+    parallel::run(&mut workers, tasks, |worker, task| {
+        let (unit, share) = (task / shares, task % shares);
+        let [b, h] = [unit / sizes.kv_heads, unit % sizes.kv_heads];
+        s.vectorize(|| worker.pack_keys([b, h]));
+        for block in blocks.iter().skip(share).step_by(shares) {
+            worker.rows(block, outputs);
+        }
+    });
+    Ok(())
+}
+
+struct Worker<'a, S: Simd, T: Element<Acc = S::Real>> {
+    s: S,
+    problem: &'a AttendProblem<'a, T>,
+    sizes: Sizes,
+    wants_mass: bool,
+    /// Whose keys are packed.
+    packed: Option<[usize; 2]>,
+    /// Keys, transposed, in panels.
+    key_panels: Buffer<S::Real>,
+    values: Buffer<S::Real>,
+    /// A block of keys before its transposition.
+    staging: Buffer<S::Real>,
+    contents: Vec<Content>,
+    query: Buffer<S::Real>,
+    scores: Buffer<S::Real>,
+    sums: Buffer<S::Real>,
+    result: Buffer<S::Real>,
+    tables: Tables<S::Real>,
+    infos: Vec<RowInfo>,
+    running: Vec<Running<S::Real>>,
+}
+
+impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
+    fn new(s: S, problem: &'a AttendProblem<'a, T>, sizes: Sizes, wants_mass: bool) -> Result<Self> {
+        let padded = sizes.keys.next_multiple_of(2 * S::LANES);
+        let rows = ROWS.min(sizes.group * sizes.queries);
+        Ok(Self {
+            s,
+            problem,
+            sizes,
+            wants_mass,
+            packed: None,
+            key_panels: Buffer::new(padded * sizes.depth, "packed keys")?,
+            values: Buffer::new(sizes.keys * sizes.stride, "packed values")?,
+            staging: Buffer::new(KEYS.min(sizes.keys) * sizes.stride, "a block of keys")?,
+            contents: Vec::with_capacity(sizes.key_blocks()),
+            query: Buffer::new(rows * sizes.stride, "a block of queries")?,
+            scores: Buffer::new(rows * sizes.score_stride, "a block of scores")?,
+            sums: Buffer::new(rows * sizes.stride, "a block of outputs")?,
+            result: Buffer::new(rows * sizes.stride, "a block of outputs")?,
+            tables: Tables::new(&sizes)?,
+            infos: Vec::with_capacity(rows),
+            running: Vec::with_capacity(rows),
+        })
+    }
+
+    /// Packs the keys and values of head `h` in batch row `b`, unless they are.
+    #[inline(always)]
+    fn pack_keys(&mut self, [b, h]: [usize; 2]) {
+        if self.packed == Some([b, h]) {
+            return;
+        }
+        self.packed = Some([b, h]);
+        self.contents.clear();
+        let ids = self.problem.modality.row(b);
+        let Sizes { depth, stride, .. } = self.sizes;
+        for block in 0..self.sizes.key_blocks() {
+            let range = self.sizes.key_block(block);
+            let (first, ids) = (range.start, &ids[range]);
+            self.contents.push(Content::of(ids));
+            let key = self.problem.key.skip(2, first);
+            let value = self.problem.value.skip(2, first);
+            // SAFETY: `staging` has a block of rows, `values` a row for every key, `key_panels` whole panels of keys;
+            // a block of keys is a whole number of panels.
+            unsafe {
+                pack::rows(self.s, &key, [b, h], ids, self.staging.as_mut_ptr(), stride);
+                let panels = self.key_panels.as_mut_ptr().add(first * depth);
+                pack::transpose(self.s, self.staging.as_ptr(), stride, [ids.len(), depth], panels);
+                pack::rows(self.s, &value, [b, h], ids, self.values.as_mut_ptr().add(first * stride), stride);
+            }
+        }
+    }
+
+    /// All of one row block, for the packed key head.
+    fn rows(&mut self, block: &RowBlock, outputs: &AttendOutputs<'_, T>) {
+        let s = self.s;
+        let [b, h] = self.packed.expect("keys are packed before rows");
+        s.vectorize(|| self.pack_queries(block, [b, h]));
+        for (index, &part) in Part::all(self.sizes.parts).iter().enumerate() {
+            s.vectorize(|| self.start([b, index]));
+            let most = self.infos.iter().map(|info| info.visible).max().unwrap_or(0);
+            for key_block in 0..most.div_ceil(KEYS) {
+                let admitted = |content: Content| match content {
+                    Content::Mixed => true,
+                    Content::Uniform(key) => self.infos.iter().any(|info| part.admits(info.row.modality, key)),
+                };
+                if admitted(self.contents[key_block]) {
+                    s.vectorize(|| self.key_block(b, key_block, part));
+                }
+            }
+            s.vectorize(|| self.finish([b, index], outputs));
+        }
+    }
+
+    /// Rows of the block, scaled to log2 units.
+    #[inline(always)]
+    fn pack_queries(&mut self, block: &RowBlock, [b, h]: [usize; 2]) {
+        let problem = self.problem;
+        self.infos.clear();
+        self.infos.extend(infos(problem, &self.sizes, block, [b, h]));
+        let factor = problem.scale * S::Real::LOG2_E;
+        for (row, info) in self.infos.iter().enumerate() {
+            // SAFETY: the buffer holds every row of a block.
+            unsafe {
+                let target = self.query.as_mut_ptr().add(row * self.sizes.stride);
+                pack::row(self.s, &problem.query, [b, info.row.head, info.query], factor, target);
+                pack::poison(self.s, target, self.sizes.vectors);
+            }
+        }
+    }
+
+    /// Each row starts with its sink as the only entry of the softmax.
+    #[inline(always)]
+    fn start(&mut self, [b, part]: [usize; 2]) {
+        let problem = self.problem;
+        self.running.clear();
+        self.running.extend(self.infos.iter().map(|info| {
+            let sink = problem.sink.map(|sink| sink.get([b, info.row.head, info.query, part]));
+            Running::new(sink.map_or(S::Real::NEG_INFINITY, |sink| sink * S::Real::LOG2_E))
+        }));
+        self.sums.fill(S::Real::ZERO);
+    }
+
+    /// Scores, softmax and weighted values of one key block.
+    #[inline(always)]
+    fn key_block(&mut self, b: usize, index: usize, part: Part) {
+        let s = self.s;
+        let Sizes { depth, stride, score_stride, vectors, .. } = self.sizes;
+        let range = self.sizes.key_block(index);
+        let ids = &self.problem.modality.row(b)[range.clone()];
+        let content = self.contents[index];
+        let has_padding = content == Content::Mixed && ids.contains(&PADDING);
+        let keys = Block { batch: b, ids, has_padding, part };
+        self.tables.clear();
+        let panels = Right::panels(s, &raw const self.key_panels[range.start * depth], depth);
+        let values = Right::rows(s, &raw const self.values[range.start * stride], stride);
+        for Tile { rows: tile, reach } in tiles(&self.infos, &range, S::TALL) {
+            let size = Size { rows: tile.len(), vectors: reach.div_ceil(S::LANES), depth };
+            // SAFETY: the rows of the tile, and panels up to the keys it reaches; scores hold a whole block of keys.
+            unsafe {
+                let query = self.query.as_ptr().add(tile.start * stride);
+                let pointer = self.scores.as_mut_ptr().add(tile.start * score_stride);
+                let left = Left { pointer: query, row_stride: stride, depth_stride: 1 };
+                gemm(s, size, left, panels, Target { pointer, row_stride: score_stride, accumulate: false });
+            }
+            for row in tile.clone() {
+                let info = self.infos[row];
+                let visible = info.sees(&range);
+                // SAFETY: the row's scores, of which `reach` keys were computed and are zeroed where not visible.
+                unsafe {
+                    let scores = self.scores.as_mut_ptr().add(row * score_stride);
+                    let sums = self.sums.as_mut_ptr().add(row * stride);
+                    if visible == 0 {
+                        clear(s, scores, 0, reach);
+                        continue;
+                    }
+                    let added = self.tables.added(self.problem, keys, info.row);
+                    let running = &mut self.running[row];
+                    let block = softmax(s, Span { scores, added, visible, reach }, running, (sums, vectors));
+                    if self.wants_mass {
+                        let uniform = match (part, content) {
+                            (Part::SelfKeys, _) => Some(true),
+                            (Part::CrossKeys, _) => Some(false),
+                            (Part::Whole, Content::Uniform(key)) => Some(key == info.row.modality),
+                            (Part::Whole, Content::Mixed) => None,
+                        };
+                        let (own, cross) = match uniform {
+                            Some(true) => (block, S::Real::ZERO),
+                            Some(false) => (S::Real::ZERO, block),
+                            None => split_sum(s, scores, self.tables.own(keys, info.row.modality), visible),
+                        };
+                        running.own += own;
+                        running.cross += cross;
+                    }
+                }
+            }
+            let size = Size { rows: tile.len(), vectors, depth: reach };
+            // SAFETY: the tile's probabilities for `reach` keys, those keys' values, and the tile's sums.
+            unsafe {
+                let pointer = self.scores.as_ptr().add(tile.start * score_stride);
+                let left = Left { pointer, row_stride: score_stride, depth_stride: 1 };
+                let pointer = self.sums.as_mut_ptr().add(tile.start * stride);
+                gemm(s, size, left, values, Target { pointer, row_stride: stride, accumulate: true });
+            }
+        }
+    }
+
+    /// Closes one softmax: logsumexp, mass, and the normalised sums.
+    #[inline(always)]
+    fn finish(&mut self, [b, part]: [usize; 2], outputs: &AttendOutputs<'_, T>) {
+        let Sizes { depth, stride, vectors, parts, .. } = self.sizes;
+        for (row, (info, running)) in self.infos.iter().zip(&self.running).enumerate() {
+            let Row { head, .. } = info.row;
+            // SAFETY: this task alone owns the rows of its row block in every output.
+            let logsumexp = unsafe { outputs.logsumexp.element([b, head, part, info.query]) };
+            let mut factor = S::Real::ZERO;
+            *logsumexp = S::Real::INFINITY;
+            if running.seen {
+                factor = S::Real::ONE / running.total;
+                *logsumexp = running.top * S::Real::LN_2 + running.total.ln();
+            }
+            if let Some(mass) = &outputs.mass {
+                let sink = self.problem.sink.map(|sink| sink.get([b, head, info.query, part]) * S::Real::LOG2_E);
+                let pseudo = sink.map_or(S::Real::ZERO, |sink| exp2_one(self.s, sink - running.top));
+                for (at, share) in [running.own, running.cross, pseudo].into_iter().enumerate() {
+                    // SAFETY: as above.
+                    let mass = unsafe { mass.element([b, head, info.query, at]) };
+                    let earlier = if part == 0 { S::Real::ZERO } else { *mass };
+                    *mass = earlier + if running.seen { share * factor } else { S::Real::ZERO };
+                }
+            }
+            // SAFETY: the row's sums and result, and its place in the outputs.
+            unsafe {
+                let sums = self.sums.as_ptr().add(row * stride);
+                if parts == 1 {
+                    pack::unpack(self.s, sums, factor, depth, outputs.out.block([b, head, info.query]).as_mut_ptr());
+                    continue;
+                }
+                let result = self.result.as_mut_ptr().add(row * stride);
+                pack::accumulate(self.s, sums, factor, result, (vectors, part > 0));
+                if let Some(both) = &outputs.parts {
+                    let target = both.block([b, head, part, info.query]);
+                    pack::unpack(self.s, sums, factor, depth, target.as_mut_ptr());
+                }
+                if part + 1 == parts {
+                    pack::unpack(
+                        self.s,
+                        result,
+                        S::Real::ONE,
+                        depth,
+                        outputs.out.block([b, head, info.query]).as_mut_ptr(),
+                    );
+                }
+            }
+        }
+    }
+}

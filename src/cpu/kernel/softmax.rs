@@ -1,0 +1,134 @@
+//! One row of scores against one key block: online softmax in powers of two.
+
+use super::exp2::{exp2, exp2_one};
+use crate::cpu::simd::Simd;
+use crate::dtype::Real;
+
+/// A row's scores for one key block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Span<R> {
+    /// The scores in log2 units; overwritten by the probabilities, not yet divided by the row's total.
+    pub(crate) scores: *mut R,
+    /// What the modular mask adds to them: bias, or minus infinity.
+    pub(crate) added: *const R,
+    /// Keys `0 .. visible` of the block may be seen; at least one.
+    pub(crate) visible: usize,
+    /// Keys `0 .. reach` are used by the product with the values: those past `visible` get probability 0.
+    pub(crate) reach: usize,
+}
+
+/// The softmax of one row so far, in log2 units.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Running<R> {
+    /// Largest score, sink included.
+    pub(crate) top: R,
+    /// Sum of 2^(score - top), sink included.
+    pub(crate) total: R,
+    /// Its part on keys of the query's modality, and on other keys; kept only where mass is wanted.
+    pub(crate) own: R,
+    pub(crate) cross: R,
+    /// Whether any key was visible.
+    pub(crate) seen: bool,
+}
+
+impl<R: Real> Running<R> {
+    /// A row with its sink as the only entry.
+    pub(crate) fn new(sink: R) -> Self {
+        let total = if sink == R::NEG_INFINITY { R::ZERO } else { R::ONE };
+        Self { top: sink, total, own: R::ZERO, cross: R::ZERO, seen: false }
+    }
+}
+
+/// Takes a block of scores into the running softmax and turns them into probabilities relative to its new maximum.
+/// The row's weighted sum so far, `vectors` registers at `sums`, is rescaled where the maximum rose. Returns the sum of
+/// the block's probabilities.
+///
+/// # Safety
+/// `scores` and `added` must be valid for `reach` rounded up to whole registers, `sums` for `vectors` registers.
+#[inline(always)]
+pub(crate) unsafe fn softmax<S: Simd>(
+    s: S,
+    span: Span<S::Real>,
+    running: &mut Running<S::Real>,
+    (sums, vectors): (*mut S::Real, usize),
+) -> S::Real {
+    let Span { scores, added, visible, reach } = span;
+    let hidden = s.splat(S::Real::NEG_INFINITY);
+    // SAFETY: whole registers up to `reach`, by the contract.
+    unsafe {
+        let mut top = hidden;
+        for v in 0..visible.div_ceil(S::LANES) {
+            let at = v * S::LANES;
+            let mut x = s.add(s.load(scores.add(at)), s.load(added.add(at)));
+            if visible - at < S::LANES {
+                x = s.first(visible - at, x, hidden);
+            }
+            s.store(scores.add(at), x);
+            top = s.max(top, x);
+        }
+        let top = s.largest(top);
+        if top == S::Real::NEG_INFINITY {
+            clear(s, scores, 0, reach);
+            return S::Real::ZERO;
+        }
+        running.seen = true;
+        if top > running.top {
+            let factor = exp2_one(s, running.top - top);
+            running.top = top;
+            running.total *= factor;
+            running.own *= factor;
+            running.cross *= factor;
+            let factor = s.splat(factor);
+            for v in 0..vectors {
+                let sum = sums.add(v * S::LANES);
+                s.store(sum, s.mul(s.load(sum), factor));
+            }
+        }
+        let top = s.splat(running.top);
+        let mut total = s.zero();
+        for v in 0..visible.div_ceil(S::LANES) {
+            let at = scores.add(v * S::LANES);
+            let p = exp2(s, s.sub(s.load(at), top));
+            s.store(at, p);
+            total = s.add(total, p);
+        }
+        clear(s, scores, visible.next_multiple_of(S::LANES), reach);
+        let total = s.sum(total);
+        running.total += total;
+        total
+    }
+}
+
+/// Zeros from `from`, a whole number of registers, up to `to`.
+///
+/// # Safety
+/// `scores` must be writable up to `to` rounded up to whole registers.
+#[inline(always)]
+pub(crate) unsafe fn clear<S: Simd>(s: S, scores: *mut S::Real, from: usize, to: usize) {
+    for at in (from..to).step_by(S::LANES) {
+        // SAFETY: the caller's contract.
+        unsafe { s.store(scores.add(at), s.zero()) };
+    }
+}
+
+/// Sum of `p * w` and of `p * (1 - w)` over `count` keys; what lies past them in the last register must be 0 in `p`.
+///
+/// # Safety
+/// Both must be readable for `count` rounded up to whole registers.
+#[inline(always)]
+pub(crate) unsafe fn split_sum<S: Simd>(
+    s: S,
+    p: *const S::Real,
+    w: *const S::Real,
+    count: usize,
+) -> (S::Real, S::Real) {
+    let (mut inside, mut outside) = (s.zero(), s.zero());
+    let one = s.splat(S::Real::ONE);
+    for at in (0..count).step_by(S::LANES) {
+        // SAFETY: the caller's contract.
+        let (p, w) = unsafe { (s.load(p.add(at)), s.load(w.add(at))) };
+        inside = s.mul_add(p, w, inside);
+        outside = s.mul_add(p, s.sub(one, w), outside);
+    }
+    (s.sum(inside), s.sum(outside))
+}

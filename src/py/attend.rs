@@ -1,0 +1,263 @@
+//! Modular attention for Python, forward and backward.
+
+use super::arguments::{gradient, output};
+use super::call::{compute, for_element};
+use crate::cpu::CpuReal;
+use crate::dlpack::Imported;
+use crate::dtype::{Element, Real};
+use crate::error::{Error, Result};
+use crate::ids::{Ids, MAX_MODALITIES};
+use crate::layout::print_shape;
+use crate::op;
+use crate::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine};
+use crate::view::{RawView, View};
+use pyo3::prelude::*;
+
+/// What forward and backward read.
+struct Inputs<'a> {
+    query: &'a RawView<'a>,
+    key: &'a RawView<'a>,
+    value: &'a RawView<'a>,
+    modality: &'a RawView<'a>,
+    query_modality: Option<&'a RawView<'a>>,
+    causal: bool,
+    scale: Option<f64>,
+    sink: Option<&'a RawView<'a>>,
+    bias: Option<&'a RawView<'a>>,
+    combine: Combine,
+}
+
+/// The ids of keys and queries, read before a problem can borrow them.
+struct Tokens {
+    keys: Ids,
+    queries: Ids,
+}
+
+impl Inputs<'_> {
+    fn query<T: Element>(&self) -> Result<View<'_, T, 4>> {
+        self.query.typed("query", "(B, Hq, Nq, D)")
+    }
+
+    fn sink<T: Element>(&self) -> Result<Option<View<'_, T::Acc, 4>>> {
+        let Some(sink) = self.sink else { return Ok(None) };
+        Ok(Some(match self.combine {
+            Combine::Joint => sink.typed::<T::Acc, 3>("sink", "(B|1, Hq|1, Nq)")?.with_last(),
+            Combine::Split => sink.typed("sink", "(B|1, Hq|1, Nq, 2)")?,
+        }))
+    }
+
+    fn bias<T: Element>(&self) -> Result<Option<View<'_, T::Acc, 4>>> {
+        self.bias.map(|bias| bias.typed("modality_bias", "(B|1, Hq|1, M, M)")).transpose()
+    }
+
+    fn tokens<T: Element>(&self) -> Result<Tokens> {
+        let modalities = self.bias::<T>()?.map_or(MAX_MODALITIES, |bias| bias.shape()[2]);
+        let keys = Ids::read("modality", self.modality, modalities)?;
+        let queries = match self.query_modality {
+            Some(ids) => Ids::read("query_modality", ids, modalities)?,
+            None => {
+                let nq = self.query::<T>()?.shape()[2];
+                keys.last(nq).ok_or_else(|| Error::Shape {
+                    argument: "modality",
+                    given: print_shape(&keys.shape()),
+                    wanted: format!("(B, Nk) with Nk >= Nq = {nq}, or query_modality (B, Nq) given"),
+                })?
+            }
+        };
+        Ok(Tokens { keys, queries })
+    }
+
+    fn problem<'s, T: Element>(&'s self, tokens: &'s Tokens) -> Result<AttendProblem<'s, T>> {
+        let query = self.query::<T>()?;
+        let dim = query.shape()[3].max(1) as f64;
+        AttendProblem {
+            query,
+            key: self.key.typed("key", "(B, Hkv, Nk, D)")?,
+            value: self.value.typed("value", "(B, Hkv, Nk, D)")?,
+            modality: &tokens.keys,
+            query_modality: &tokens.queries,
+            sink: self.sink::<T>()?,
+            bias: self.bias::<T>()?,
+            causal: self.causal,
+            scale: T::Acc::from_f64(self.scale.unwrap_or_else(|| dim.sqrt().recip())),
+            combine: self.combine,
+        }
+        .validated()
+    }
+}
+
+/// Where forward writes.
+struct Forward<'a> {
+    out: &'a RawView<'a>,
+    logsumexp: &'a RawView<'a>,
+    parts: Option<&'a RawView<'a>>,
+    mass: Option<&'a RawView<'a>>,
+}
+
+/// Writes o into `out`, L into `lse` and, where they are given, the two parts of "split" and the attention mass.
+#[pyfunction]
+#[allow(clippy::too_many_arguments, reason = "the operator's arguments, then where it writes")]
+pub(super) fn attend_forward(
+    py: Python<'_>,
+    query: &Bound<'_, PyAny>,
+    key: &Bound<'_, PyAny>,
+    value: &Bound<'_, PyAny>,
+    modality: &Bound<'_, PyAny>,
+    query_modality: Option<&Bound<'_, PyAny>>,
+    is_causal: bool,
+    scale: Option<f64>,
+    sink: Option<&Bound<'_, PyAny>>,
+    bias: Option<&Bound<'_, PyAny>>,
+    combine: &str,
+    out: &Bound<'_, PyAny>,
+    lse: &Bound<'_, PyAny>,
+    parts: Option<&Bound<'_, PyAny>>,
+    mass: Option<&Bound<'_, PyAny>>,
+    threads: usize,
+) -> PyResult<()> {
+    let query = Imported::new("query", query)?;
+    let (key, value) = (Imported::new("key", key)?, Imported::new("value", value)?);
+    let modality = Imported::new("modality", modality)?;
+    let query_modality = Imported::optional("query_modality", query_modality)?;
+    let (sink, bias) = (Imported::optional("sink", sink)?, Imported::optional("modality_bias", bias)?);
+    let (out, lse) = (Imported::writable("out", out)?, Imported::writable("lse", lse)?);
+    let parts = parts.map(|parts| Imported::writable("parts", parts)).transpose()?;
+    let mass = mass.map(|mass| Imported::writable("mass", mass)).transpose()?;
+    let inputs = Inputs {
+        query: query.view(),
+        key: key.view(),
+        value: value.view(),
+        modality: modality.view(),
+        query_modality: query_modality.as_ref().map(Imported::view),
+        causal: is_causal,
+        scale,
+        sink: sink.as_ref().map(Imported::view),
+        bias: bias.as_ref().map(Imported::view),
+        combine: Combine::parse(combine)?,
+    };
+    let work = Forward {
+        out: out.view(),
+        logsumexp: lse.view(),
+        parts: parts.as_ref().map(Imported::view),
+        mass: mass.as_ref().map(Imported::view),
+    };
+    compute(py, || for_element!(inputs.query, "query", forward(&inputs, &work, threads)))
+}
+
+fn forward<T: Element<Acc: CpuReal>>(inputs: &Inputs<'_>, work: &Forward<'_>, threads: usize) -> Result<()> {
+    let tokens = inputs.tokens::<T>()?;
+    let problem = inputs.problem::<T>(&tokens)?;
+    let [b, hq, nq, d] = problem.query.shape();
+    let softmaxes = problem.combine.parts();
+    // SAFETY: Python has just allocated the outputs and shares them with nobody before this call returns.
+    let mut outputs = unsafe {
+        AttendOutputs::<T> {
+            out: output("out", work.out, [b, hq, nq, d])?,
+            logsumexp: output("lse", work.logsumexp, [b, hq, softmaxes, nq])?,
+            parts: work.parts.map(|parts| output("parts", parts, [b, hq, 2, nq, d])).transpose()?,
+            mass: work.mass.map(|mass| output("mass", mass, [b, hq, nq, 3])).transpose()?,
+        }
+    };
+    op::modular_attention(&problem, &mut outputs, threads)
+}
+
+/// What backward starts from and where it writes.
+struct Backward<'a> {
+    d_out: &'a RawView<'a>,
+    out: &'a RawView<'a>,
+    logsumexp: &'a RawView<'a>,
+    parts: Option<&'a RawView<'a>>,
+    d_query: &'a RawView<'a>,
+    d_key: &'a RawView<'a>,
+    d_value: &'a RawView<'a>,
+    d_sink: Option<&'a RawView<'a>>,
+    d_bias: Option<&'a RawView<'a>>,
+}
+
+/// Writes the gradients; those of sink (B, Hq, Nq, softmaxes) and bias (B, Hq, M, M) in full size, before any broadcast
+/// is summed away.
+#[pyfunction]
+#[allow(clippy::too_many_arguments, reason = "the operator's arguments, what backward starts from, where it writes")]
+pub(super) fn attend_backward(
+    py: Python<'_>,
+    query: &Bound<'_, PyAny>,
+    key: &Bound<'_, PyAny>,
+    value: &Bound<'_, PyAny>,
+    modality: &Bound<'_, PyAny>,
+    query_modality: Option<&Bound<'_, PyAny>>,
+    is_causal: bool,
+    scale: Option<f64>,
+    sink: Option<&Bound<'_, PyAny>>,
+    bias: Option<&Bound<'_, PyAny>>,
+    combine: &str,
+    d_out: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    lse: &Bound<'_, PyAny>,
+    parts: Option<&Bound<'_, PyAny>>,
+    d_query: &Bound<'_, PyAny>,
+    d_key: &Bound<'_, PyAny>,
+    d_value: &Bound<'_, PyAny>,
+    d_sink: Option<&Bound<'_, PyAny>>,
+    d_bias: Option<&Bound<'_, PyAny>>,
+    threads: usize,
+) -> PyResult<()> {
+    let query = Imported::new("query", query)?;
+    let (key, value) = (Imported::new("key", key)?, Imported::new("value", value)?);
+    let modality = Imported::new("modality", modality)?;
+    let query_modality = Imported::optional("query_modality", query_modality)?;
+    let (sink, bias) = (Imported::optional("sink", sink)?, Imported::optional("modality_bias", bias)?);
+    let (d_out, out) = (Imported::new("d_out", d_out)?, Imported::new("out", out)?);
+    let (lse, parts) = (Imported::new("lse", lse)?, Imported::optional("parts", parts)?);
+    let d_query = Imported::writable("d_query", d_query)?;
+    let (d_key, d_value) = (Imported::writable("d_key", d_key)?, Imported::writable("d_value", d_value)?);
+    let d_sink = d_sink.map(|sink| Imported::writable("d_sink", sink)).transpose()?;
+    let d_bias = d_bias.map(|bias| Imported::writable("d_bias", bias)).transpose()?;
+    let inputs = Inputs {
+        query: query.view(),
+        key: key.view(),
+        value: value.view(),
+        modality: modality.view(),
+        query_modality: query_modality.as_ref().map(Imported::view),
+        causal: is_causal,
+        scale,
+        sink: sink.as_ref().map(Imported::view),
+        bias: bias.as_ref().map(Imported::view),
+        combine: Combine::parse(combine)?,
+    };
+    let work = Backward {
+        d_out: d_out.view(),
+        out: out.view(),
+        logsumexp: lse.view(),
+        parts: parts.as_ref().map(Imported::view),
+        d_query: d_query.view(),
+        d_key: d_key.view(),
+        d_value: d_value.view(),
+        d_sink: d_sink.as_ref().map(Imported::view),
+        d_bias: d_bias.as_ref().map(Imported::view),
+    };
+    compute(py, || for_element!(inputs.query, "query", backward(&inputs, &work, threads)))
+}
+
+fn backward<T: Element<Acc: CpuReal>>(inputs: &Inputs<'_>, work: &Backward<'_>, threads: usize) -> Result<()> {
+    let tokens = inputs.tokens::<T>()?;
+    let problem = inputs.problem::<T>(&tokens)?;
+    let ([b, hq, nq, d], [_, hkv, nk, _]) = (problem.query.shape(), problem.key.shape());
+    let (softmaxes, m) = (problem.combine.parts(), problem.modalities());
+    let upstream = AttendUpstream::<T> {
+        out_gradient: gradient("d_out", work.d_out, [b, hq, nq, d])?,
+        out: gradient("out", work.out, [b, hq, nq, d])?,
+        logsumexp: gradient("lse", work.logsumexp, [b, hq, softmaxes, nq])?,
+        parts: work.parts.map(|parts| gradient("parts", parts, [b, hq, 2, nq, d])).transpose()?,
+    };
+    // SAFETY: Python has just allocated the gradients and shares them with nobody before this call returns.
+    let mut gradients = unsafe {
+        AttendGradients::<T> {
+            query: output("d_query", work.d_query, [b, hq, nq, d])?,
+            key: output("d_key", work.d_key, [b, hkv, nk, d])?,
+            value: output("d_value", work.d_value, [b, hkv, nk, d])?,
+            sink: work.d_sink.map(|sink| output("d_sink", sink, [b, hq, nq, softmaxes])).transpose()?,
+            bias: work.d_bias.map(|bias| output("d_bias", bias, [b, hq, m, m])).transpose()?,
+        }
+    };
+    op::modular_attention_backward(&problem, &upstream, &mut gradients, threads)
+}

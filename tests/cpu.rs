@@ -1,0 +1,162 @@
+//! The CPU kernels against the specification in float64: every instruction set the machine has, every dtype, every option.
+
+mod common;
+
+use common::{AlignCase, AlignOptions, AttendCase, AttendOptions, Rng, assert_close, tolerance};
+use half::{bf16, f16};
+use moda_attn::cpu::{self, CpuReal, Exec};
+use moda_attn::dispatch::Isa;
+use moda_attn::dtype::Element;
+
+/// Random cases of a few tokens for every instruction set.
+const CASES: u64 = 150;
+
+fn available() -> impl Iterator<Item = Isa> {
+    Isa::ALL.into_iter().filter(|isa| {
+        let here = isa.is_available();
+        if !here {
+            eprintln!("skipped: this machine has no {}", isa.name());
+        }
+        here
+    })
+}
+
+fn check_attend<T: Element<Acc: CpuReal>>(exec: Exec, case: &AttendCase<T>) {
+    let (outputs, gradients) = tolerance::<T>();
+    let (accumulated, _) = tolerance::<T::Acc>();
+    let truth = case.truth();
+    let got = case.forward(|problem, outputs| cpu::attend::forward(exec, problem, outputs).unwrap());
+    let name = |what| format!("{what} {exec:?} {:?} {:?}", T::DTYPE, case.options);
+    assert_close(&name("out"), &got.out.values(), &truth.out.values(), outputs);
+    let [lse, true_lse] = [got.logsumexp.widened().values(), truth.logsumexp.values()];
+    assert_close(&name("logsumexp"), &lse, &true_lse, accumulated.max(1e-12));
+    assert_close(&name("mass"), &got.mass.values(), &truth.mass.values(), accumulated);
+    let truth = case.true_gradients();
+    let got = case.backward(&got, |problem, upstream, gradients| {
+        cpu::attend::backward(exec, problem, upstream, gradients).unwrap();
+    });
+    assert_close(&name("d query"), &got.query.values(), &truth.query.values(), gradients);
+    assert_close(&name("d key"), &got.key.values(), &truth.key.values(), gradients);
+    assert_close(&name("d value"), &got.value.values(), &truth.value.values(), gradients);
+    for (what, got, truth) in [("d sink", &got.sink, &truth.sink), ("d bias", &got.bias, &truth.bias)] {
+        if let (Some(got), Some(truth)) = (got, truth) {
+            assert_close(&name(what), &got.values(), &truth.values(), gradients);
+        }
+    }
+}
+
+fn check_align<T: Element<Acc: CpuReal>>(exec: Exec, case: &AlignCase<T>) {
+    let (outputs, gradients) = tolerance::<T>();
+    let truth = case.truth();
+    let got = case.forward(|problem, outputs| cpu::align::forward(exec, problem, outputs).unwrap());
+    let name = |what| format!("{what} {exec:?} {:?} {:?}", T::DTYPE, case.options);
+    assert_close(&name("aligned"), &got.aligned.values(), &truth.aligned.values(), outputs);
+    assert_close(&name("basis"), &got.basis.values(), &truth.basis.values(), tolerance::<T::Acc>().0);
+    let truth = case.true_gradients();
+    let got = case.backward(&got, |problem, upstream, gradients| {
+        cpu::align::backward(exec, problem, upstream, gradients).unwrap();
+    });
+    assert_close(&name("d key"), &got.key.values(), &truth.key.values(), gradients);
+    assert_close(&name("d value"), &got.value.values(), &truth.value.values(), gradients);
+    assert_close(&name("d keep"), &got.keep.values(), &truth.keep.values(), gradients);
+    assert_close(&name("d mix"), &got.mix.values(), &truth.mix.values(), gradients);
+    if let (Some(got), Some(truth)) = (&got.basis, &truth.basis) {
+        assert_close(&name("d basis"), &got.values(), &truth.values(), gradients);
+    }
+}
+
+fn small<T: Element<Acc: CpuReal>>() {
+    for isa in available() {
+        for seed in 0..CASES {
+            let exec = Exec { isa, threads: 1 + (seed % 2) as usize };
+            check_attend(exec, &AttendCase::<T>::random(&mut Rng::new(seed)));
+            check_align(exec, &AlignCase::<T>::random(&mut Rng::new(seed)));
+        }
+    }
+}
+
+/// Lengths around the sizes of the blocks, where tiles are partly filled or partly visible.
+fn long<T: Element<Acc: CpuReal>>() {
+    for (seed, tokens) in [(0, 95), (1, 129), (2, 257), (3, 300)] {
+        let rng = &mut Rng::new(seed);
+        let mut options = AttendOptions::random(rng);
+        (options.batch, options.heads, options.key_heads, options.keys) = (1, 3, 1, tokens);
+        (options.queries, options.causal) = (tokens - (seed as usize % 2) * 11, seed != 2);
+        let attend = AttendCase::<T>::new(rng, options);
+        let mut options = AlignOptions::random(rng);
+        (options.batch, options.heads, options.tokens) = (1, 1, tokens);
+        let align = AlignCase::<T>::new(rng, options);
+        for isa in available() {
+            let exec = Exec { isa, threads: 2 };
+            check_attend(exec, &attend);
+            check_align(exec, &align);
+        }
+    }
+}
+
+#[test]
+fn float64_matches_the_specification() {
+    small::<f64>();
+    long::<f64>();
+}
+
+#[test]
+fn float32_matches_the_specification() {
+    small::<f32>();
+    long::<f32>();
+}
+
+#[test]
+fn bfloat16_matches_the_specification() {
+    small::<bf16>();
+    long::<bf16>();
+}
+
+#[test]
+fn float16_matches_the_specification() {
+    small::<f16>();
+    long::<f16>();
+}
+
+#[test]
+fn the_result_does_not_depend_on_the_number_of_threads() {
+    for isa in available() {
+        for seed in 0..20 {
+            let rng = &mut Rng::new(seed);
+            let mut options = AttendOptions::random(rng);
+            (options.heads, options.key_heads, options.keys) = ([4, 6, 8][seed as usize % 3], 2, 200);
+            let attend = AttendCase::<f32>::new(rng, options);
+            let align = AlignCase::<f32>::random(rng);
+            let run = |threads| {
+                let exec = Exec { isa, threads };
+                let out = attend.forward(|problem, outputs| cpu::attend::forward(exec, problem, outputs).unwrap());
+                let gradients = attend.backward(&out, |problem, upstream, gradients| {
+                    cpu::attend::backward(exec, problem, upstream, gradients).unwrap();
+                });
+                let aligned = align.forward(|problem, outputs| cpu::align::forward(exec, problem, outputs).unwrap());
+                let align_gradients = align.backward(&aligned, |problem, upstream, gradients| {
+                    cpu::align::backward(exec, problem, upstream, gradients).unwrap();
+                });
+                let all = [
+                    out.out.values(),
+                    out.logsumexp.values(),
+                    out.mass.values(),
+                    gradients.query.values(),
+                    gradients.key.values(),
+                    gradients.value.values(),
+                    gradients.sink.map_or(Vec::new(), |sink| sink.values()),
+                    gradients.bias.map_or(Vec::new(), |bias| bias.values()),
+                    aligned.aligned.values(),
+                    aligned.basis.values(),
+                    align_gradients.key.values(),
+                    align_gradients.value.values(),
+                    align_gradients.keep.values(),
+                    align_gradients.mix.values(),
+                ];
+                all.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let one = run(1);
+            assert!([2, 3, 7].into_iter().all(|threads| run(threads) == one), "{isa:?}, seed {seed}");
+        }
+    }
+}
