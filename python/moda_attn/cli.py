@@ -38,22 +38,28 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train a small LLaVA on real digits with and without MODA; or look at a checkpoint of yours",
-        description="Without --model: trains, measures and draws (some minutes). With --model, --image and --prompt: patches a"
-        " LLaVA checkpoint and compares its answer and its attention balance before and after, without training.",
+        description="Without --model: trains, measures and draws (some minutes). With --model, --image and --prompt:"
+        " patches a LLaVA checkpoint and compares its answer and its attention balance before and after, untrained.",
     )
     demo.add_argument("--out", type=Path, default=Path("moda-demo"), help="folder for demo.png and results.json")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--steps", type=_positive, default=None, help="training steps of each model")
-    demo.add_argument("--threads", type=_positive, default=1, help="CPU threads; so small a model gains little from more")
+    demo.add_argument(
+        "--threads", type=_positive, default=1, help="CPU threads; so small a model gains little from more"
+    )
     demo.add_argument("--model", help="a LLaVA checkpoint: a folder or a Hugging Face id")
     demo.add_argument("--image", type=Path)
     demo.add_argument("--prompt")
     demo.add_argument("--max-new-tokens", type=_positive, default=64)
     demo.set_defaults(run=_demo)
 
-    balance = commands.add_parser("balance", help="attention mass of a model on its own and the other modalities, per layer")
+    balance = commands.add_parser(
+        "balance", help="attention mass of a model on its own and the other modalities, per layer"
+    )
     balance.add_argument("--model", required=True, help="a LLaVA checkpoint: a folder or a Hugging Face id")
-    balance.add_argument("--moda", type=Path, help="folder written by moda_attn.save_pretrained: measure with these weights")
+    balance.add_argument(
+        "--moda", type=Path, help="folder written by moda_attn.save_pretrained: measure with these weights"
+    )
     balance.add_argument("--image", type=Path, required=True)
     balance.add_argument("--prompt", required=True)
     balance.add_argument("--out", type=Path, help="also write the report as JSON")
@@ -78,9 +84,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     given = [name for name in ("model", "image", "prompt") if getattr(options, name) is not None]
-    if given and len(given) < 3:
-        print(f"moda-attn demo: --model, --image and --prompt belong together; only --{given[0]} given"
-              if len(given) == 1 else "moda-attn demo: --model, --image and --prompt belong together", file=sys.stderr)  # fmt: skip
+    if 0 < len(given) < 3:
+        names = " and ".join(f"--{name}" for name in given)
+        print(f"moda-attn demo: --model, --image and --prompt belong together; got {names}", file=sys.stderr)
         return 2
     return _demo_checkpoint(options) if given else _demo_digits(options)
 
@@ -95,7 +101,8 @@ def _demo_digits(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     recipe = Recipe(seed=options.seed, **({} if options.steps is None else {"steps": options.steps}))
     run = run_and_write(options.out, recipe)
-    print(f"\n{summary(run)}\n\n{run.seconds:.0f} s; picture and numbers: {options.out}/demo.png, {options.out}/results.json")
+    print(f"\n{summary(run)}")
+    print(f"\n{run.seconds:.0f} s; picture: {options.out / 'demo.png'}, numbers: {options.out / 'results.json'}")
     return 0
 
 

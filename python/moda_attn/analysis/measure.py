@@ -17,8 +17,8 @@ IGNORE_INDEX = -100
 def attention_balance(model: nn.Module, **inputs: Any) -> BalanceReport:
     """Where the model's queries look: own modality, other modalities, pseudo-scores, layer by layer.
 
-    One forward pass in evaluation mode without gradients. The masses come out of the attention kernel itself, in memory linear
-    in the sequence length; no attention map is ever formed. The model, patched or not, is left as it was found.
+    One forward pass in evaluation mode without gradients. The masses come out of the attention kernel itself, in memory
+    linear in the sequence length; no attention map is ever formed. The model, patched or not, is left as it was found.
 
     Args:
         model: a supported Hugging Face model.

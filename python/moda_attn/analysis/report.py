@@ -22,8 +22,15 @@ class RowBalance:
         modality: the modality of the query rows.
         answers_only: whether only the rows that predict supervised tokens were counted.
         rows: how many query rows each mean was taken over (heads not counted).
-        self_mass, cross_mass, pseudo_mass: per layer, mean over rows and heads of the mass on keys of the own modality, on
-            keys of other modalities, and on the pseudo-scores, which carry no value.
+        self_mass, cross_mass, pseudo_mass: per layer, mean over rows and heads of the mass on keys of the own modality,
+            on keys of other modalities, and on the pseudo-scores, which carry no value.
+        disparity: mean over layers of |self - cross|.
+        relative_disparity: mean over layers of |self - cross| / (self + cross); unlike the plain one it does not fall
+            merely because the pseudo-scores take mass from both.
+        pseudo_share: mean over layers of the pseudo mass.
+        decay: gamma = exp(slope of log cross over the layers); NaN with fewer than two layers or where a layer's cross
+            mass is 0.
+        error: E_DDA of the paper's equation 4, the product over layers l = 1 .. L of gamma^l |self_l - cross_l|.
     """
 
     modality: int
@@ -33,16 +40,10 @@ class RowBalance:
     cross_mass: tuple[float, ...]
     pseudo_mass: tuple[float, ...]
     disparity: float
-    """Mean over layers of |self - cross|."""
     relative_disparity: float
-    """Mean over layers of |self - cross| / (self + cross): unlike the plain one, it does not fall merely because the
-    pseudo-scores take mass from both."""
     pseudo_share: float
-    """Mean over layers of the pseudo mass."""
     decay: float
-    """gamma = exp(slope of log cross over the layers); NaN with fewer than two layers or where a layer's cross mass is 0."""
     error: float
-    """E_DDA of the paper's equation 4: the product over layers l = 1 .. L of gamma^l |self_l - cross_l|."""
 
     @property
     def name(self) -> str:

@@ -21,7 +21,7 @@ def balance_of_masses(
     """Attention balance from the masses of every layer.
 
     Args:
-        masses: per layer (B, Hq, Nq, 3): mass on keys of the query's own modality, on the other keys, on the pseudo-scores.
+        masses: per layer (B, Hq, Nq, 3): mass on keys of the query's own modality, on other keys, on the pseudo-scores.
         query_modality: (B, Nq), -1 for padding, whose rows are left out.
         answer_rows: (B, Nq) bool, the queries that predict supervised tokens; None leaves out that part of the report.
         layers: the layers' indices; default 0, 1, ...
@@ -32,7 +32,9 @@ def balance_of_masses(
     query_modality = np.asarray(query_modality)
     layers = tuple(range(len(masses)) if layers is None else layers)
     if not masses or len(layers) != len(masses):
-        raise ModaValueError(f"masses has {len(masses)} layers and layers {len(layers)} entries; equal and at least 1 wanted")
+        raise ModaValueError(
+            f"masses has {len(masses)} layers and layers {len(layers)} entries; equal and at least 1 wanted"
+        )
     for layer, mass in zip(layers, masses, strict=True):
         if mass.ndim != 4 or mass.shape[3] != 3 or (mass.shape[0], mass.shape[2]) != query_modality.shape:
             raise ModaValueError(
@@ -40,7 +42,9 @@ def balance_of_masses(
                 f" with query_modality (B, Nq) = {query_modality.shape}"
             )
     if answer_rows is not None and answer_rows.shape != query_modality.shape:
-        raise ModaValueError(f"answer_rows has shape {answer_rows.shape}; {query_modality.shape} wanted, as query_modality")
+        raise ModaValueError(
+            f"answer_rows has shape {answer_rows.shape}; {query_modality.shape} wanted, as query_modality"
+        )
 
     # Heads first: a layer may have another number of them than its neighbour.
     per_row = np.stack([np.asarray(mass, dtype=np.float64).mean(axis=1) for mass in masses])
@@ -85,7 +89,7 @@ def _row_balance(rows: np.ndarray, layers: Sequence[int], modality: int, answers
 
 
 def cross_decay(cross: np.ndarray, layers: Sequence[int]) -> float:
-    """gamma: the factor by which cross-modal mass changes from one layer to the next, by least squares on its logarithm.
+    """gamma: the factor by which cross-modal mass changes from layer to layer, by least squares on its logarithm.
 
     NaN with fewer than two layers, or where a layer's cross mass is 0 and has no logarithm.
     """

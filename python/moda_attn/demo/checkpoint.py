@@ -1,4 +1,4 @@
-"""The demo's look at a real LLaVA checkpoint: patch it, let it answer before and after, compare the balance. No training."""
+"""The demo's look at a real LLaVA checkpoint: its answer and its attention balance before and after the patch."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def load_checkpoint(name: str, dtype: str = "auto") -> tuple[torch.nn.Module, An
 def prepare(processor, image: Path, prompt: str) -> tuple[str, dict[str, torch.Tensor]]:
     """The full prompt and the model's inputs for one picture and a question.
 
-    A prompt that already holds the image placeholder is taken as it is; otherwise the processor's chat template makes it one,
-    or, without a template, LLaVA-1.5's own form does.
+    A prompt that already holds the image placeholder is taken as it is; otherwise the processor's chat template makes
+    it one, or, without a template, LLaVA-1.5's own form does.
     """
     from PIL import Image
 

@@ -40,7 +40,8 @@ def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> t
     rate = correct / total
     centre = (rate + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the formula gives exactly 0 and 1, up to rounding.
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
 
 
 def _batches(questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
@@ -63,7 +64,7 @@ def generate_answers(model, questions: Sequence[Question], digits: Digits, token
 
 @dataclass(frozen=True)
 class TeacherForced:
-    """``right`` per question, when earlier answer tokens are given; ``loss`` in nats per answer word, end marks left out."""
+    """``right`` per question, given the answer tokens before; ``loss`` in nats per answer word, without end marks."""
 
     right: list[bool]
     loss: float

@@ -1,8 +1,9 @@
 """What ``context="all"`` does: an answer that reaches its own question through the basis.
 
-A basis summed over all tokens, as the released code sums it, holds the answer's key while the model is trained, and earlier
-positions read the basis. Teacher-forced, the model needs no picture: the answer is in its own input. When it must generate,
-no answer is there yet. With ``context="prompt"`` only the prompt feeds a basis, in training as in generation.
+A basis summed over all tokens, as the released code sums it, holds the answer's key while the model is trained, and
+earlier positions read the basis. Teacher-forced, the model needs no picture: the answer is in its own input. When it
+must generate, no answer is there yet. With ``context="prompt"`` only the prompt feeds a basis, in training as in
+generation.
 """
 
 from __future__ import annotations
@@ -23,20 +24,24 @@ STEPS = 250
 
 @dataclass(frozen=True)
 class UnknowableRun:
-    """A model trained on a question nobody can answer: the ink of a grey scan, one of eight colours drawn anew each time.
+    """A model trained on a question nobody can answer: the ink of a grey scan, drawn anew from eight at every asking.
 
     An honest model ends at the loss ln 8 and at one answer in eight, however it is asked.
+
+    Attributes:
+        losses: training loss of every step, in nats per answer.
+        forced, forced_loss: teacher-forced accuracy and loss (nats per answer word) on the test part.
+        generated: accuracy on the test part when the model must answer by itself.
     """
 
     losses: list[float]
-    """Training loss of every step, in nats per answer word."""
     forced: Score
     forced_loss: float
     generated: Score
 
 
 def train_unknowable(context: str, parts: dict[str, Digits], tokenizer: WordTokenizer, recipe: Recipe) -> UnknowableRun:
-    """Trains a fresh MODA model with ``ModaConfig(context=context)`` on ink questions alone and asks it about the test part."""
+    """Trains a fresh model with this ``context`` on ink questions alone, then asks it about the test part."""
     import moda_attn
 
     recipe = replace(recipe, kinds=(UNKNOWABLE,))

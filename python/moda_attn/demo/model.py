@@ -8,12 +8,12 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from .tokenizer import WordTokenizer
 
 TEXT_WIDTH, VISION_WIDTH, TEXT_LAYERS = 64, 64, 4
-# The customary 0.02 suits widths of thousands; at 64 it leaves the first hidden states, and their gradients, too small to learn.
+# The customary 0.02 suits widths of thousands; at 64 it makes the first hidden states, and their gradients, too small.
 INITIALIZER_RANGE = 0.08
 
 
 def build_model(tokenizer: WordTokenizer, seed: int) -> LlavaForConditionalGeneration:
-    """CLIP-style tower (8 x 8 pixels in four patches), projector, and a 4-layer Llama with grouped heads and tied embeddings."""
+    """CLIP-style tower (8 x 8 pixels, four patches), projector, 4-layer Llama (grouped heads, tied embeddings)."""
     vision = CLIPVisionConfig(
         hidden_size=VISION_WIDTH,
         intermediate_size=2 * VISION_WIDTH,

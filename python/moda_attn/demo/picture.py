@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID = "#22272E", "#68707C", "#E4E7EC"
 PLAIN, MODA, LEAKY = "#6C7A91", "#0B7A75", "#D1602A"
+WRONG = "#B3261E"
+ANSWERERS = (("unpatched", "unpatched", PLAIN), ("moda", "MODA", MODA), ("leaky", 'with "all"', LEAKY))
 SELF, CROSS, PSEUDO = "#2F5D8A", "#E3A23C", "#D5DAE1"
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -52,14 +54,14 @@ def draw(run: DemoRun, path: Path) -> None:
         figure.text(0.045, 0.965, title, fontsize=16, weight="bold", va="center")
         figure.text(0.045, 0.94, _subtitle(run), fontsize=10, color=MUTED, va="center")
         grid = figure.add_gridspec(
-            3, 1, height_ratios=[1.0, 1.12, 1.05], left=0.045, right=0.975, top=0.905, bottom=0.055, hspace=0.36
+            3, 1, height_ratios=[1.08, 1.1, 1.0], left=0.045, right=0.975, top=0.905, bottom=0.055, hspace=0.42
         )
         _draw_answers(figure, grid[0], run)
-        middle = grid[1].subgridspec(1, 3, width_ratios=[1.12, 1, 1], wspace=0.24)
+        middle = grid[1].subgridspec(1, 3, width_ratios=[1.1, 1, 1], wspace=0.27)
         _draw_accuracy(figure.add_subplot(middle[0]), run)
         for column, modality in enumerate((0, 1), start=1):
             _draw_balance(figure.add_subplot(middle[column]), run, modality)
-        bottom = grid[2].subgridspec(1, 2, width_ratios=[1.25, 1], wspace=0.16)
+        bottom = grid[2].subgridspec(1, 2, width_ratios=[1.35, 1], wspace=0.15)
         _draw_leak(figure.add_subplot(bottom[0]), run)
         _draw_unknowable(figure.add_subplot(bottom[1]), run)
         figure.savefig(path, dpi=120)
@@ -75,7 +77,7 @@ def _subtitle(run: DemoRun) -> str:
 
 
 def _draw_answers(figure, slot, run: DemoRun) -> None:
-    cells = slot.subgridspec(2, len(run.examples), height_ratios=[1.55, 1], hspace=0.04, wspace=0.16)
+    cells = slot.subgridspec(2, len(run.examples), height_ratios=[1.4, 1], hspace=0.04, wspace=0.16)
     for column, example in enumerate(run.examples):
         scan = figure.add_subplot(cells[0, column])
         scan.imshow(run.test.scans[example.question.item], cmap="gray_r", interpolation="nearest")
@@ -85,15 +87,13 @@ def _draw_answers(figure, slot, run: DemoRun) -> None:
             spine.set(visible=True, color=GRID)
         words = figure.add_subplot(cells[1, column])
         words.axis("off")
-        words.text(0.5, 0.80, _wrapped(example.question.text), ha="center", va="center", fontsize=9.5, style="italic")
-        for height, name, label, colour in ((0.36, "unpatched", "unpatched", PLAIN), (0.08, "moda", "MODA", MODA)):
-            said = example.said[name]
+        words.text(0.5, 0.82, _wrapped(example.question.text), ha="center", va="center", fontsize=9.5, style="italic")
+        for line, (name, label, colour) in enumerate(ANSWERERS):
+            height, said = 0.42 - 0.22 * line, example.said[name]
             right = said == example.question.answer
-            words.text(0.46, height, label, ha="right", va="center", fontsize=8.5, color=colour)
-            words.text(
-                0.54, height, said if right else f"{said} ✗", ha="left", va="center", fontsize=10,
-                weight="bold", color=INK if right else "#B3261E",
-            )  # fmt: skip
+            words.text(0.56, height, label, ha="right", va="center", fontsize=8, color=colour)
+            shown, colour = (said, INK) if right else (f"{said} ✗", WRONG)
+            words.text(0.62, height, shown, ha="left", va="center", fontsize=9.5, weight="bold", color=colour)
 
 
 def _wrapped(text: str) -> str:
@@ -116,14 +116,20 @@ def _draw_accuracy(axes, run: DemoRun) -> None:
             axes.plot([low, high], [row + offset] * 2, color=colour, lw=3.2, alpha=0.45, solid_capstyle="round")
             axes.plot(score.accuracy, row + offset, "o", color=colour, ms=7)
             text = f"{score.accuracy:.1%}"
-            axes.annotate(text, (low, row + offset), (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=9, color=colour)
-    axes.set_yticks(range(len(KINDS)), [KIND_TITLES[kind] for kind in KINDS])
-    axes.set_ylim(len(KINDS) - 0.45, -0.75)
+            _beside(axes, text, (low, row + offset), (-6, 0), "right", "center", colour)
+        # Inside the axes, above its row: long names need no margin then.
+        axes.text(0.005, row - 0.36, KIND_TITLES[kind], ha="left", va="center", backgroundcolor="white")
+    axes.set_yticks([])
+    axes.set_ylim(len(KINDS) - 0.55, -0.6)
     axes.set_xlim(0, 1.015)
     _percent(axes.xaxis)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color=GRID)
-    handles = [_marker(PLAIN, "unpatched"), _marker(MODA, "MODA"), _line(MUTED, "best without the picture", (0, (2, 1.5)))]
+    handles = [
+        _marker(PLAIN, "unpatched"),
+        _marker(MODA, "MODA"),
+        _line(MUTED, "best without the picture", (0, (2, 1.5))),
+    ]
     _legend_above(axes, handles)
 
 
@@ -140,7 +146,8 @@ def _draw_balance(axes, run: DemoRun, modality: int) -> None:
             left = left + np.asarray(masses)
         for place in places:
             label = "unpatched" if name == "unpatched" else "MODA"
-            axes.text(-0.012, place, label, ha="right", va="center", fontsize=8, color=PLAIN if name == "unpatched" else MODA)
+            colour = PLAIN if name == "unpatched" else MODA
+            axes.text(-0.012, place, label, ha="right", va="center", fontsize=8, color=colour)
     axes.set_yticks(range(len(layers)), [f"{layer + 1}" for layer in layers], weight="bold")
     axes.tick_params(axis="y", pad=54)
     axes.set_ylim(len(layers) - 0.5, -0.5)
@@ -153,11 +160,13 @@ def _draw_balance(axes, run: DemoRun, modality: int) -> None:
         f" {moda.relative_disparity:.2f}   pseudo {moda.pseudo_share:.2f}",
         fontsize=8.8,
     )
-    _legend_above(axes, [_patch(SELF, "own modality"), _patch(CROSS, "other modality"), _patch(PSEUDO, "pseudo-scores")])
+    _legend_above(
+        axes, [_patch(SELF, "own modality"), _patch(CROSS, "other modality"), _patch(PSEUDO, "pseudo-scores")]
+    )
 
 
 def _draw_leak(axes, run: DemoRun) -> None:
-    axes.set_title('context="all" looks perfect until it must answer')
+    axes.set_title('The released context="all" against context="prompt"')
     columns = (
         ("leaky", "forced", LEAKY, 0.38, '"all", teacher-forced'),
         ("leaky", "generated", LEAKY, 1.0, '"all", generated'),
@@ -173,7 +182,10 @@ def _draw_leak(axes, run: DemoRun) -> None:
             axes.bar(x, score.accuracy, width, color=colour, alpha=alpha)
             if view == "generated":
                 axes.plot([x, x], [low, high], color=INK, lw=1.1)
-            axes.text(x, high + 0.015, f"{100 * score.accuracy:.0f}", ha="center", va="bottom", fontsize=8.5, color=MUTED)
+            top = max(high, score.accuracy) if view == "generated" else score.accuracy
+            axes.text(
+                x, top + 0.012, f"{100 * score.accuracy:.0f}", ha="center", va="bottom", fontsize=8.5, color=MUTED
+            )
     for place, kind in enumerate(KINDS):
         axes.plot([place - 0.42, place + 0.42], [run.text_only[kind]] * 2, color=INK, lw=1.1, ls=(0, (2, 1.5)))
     axes.set_xticks(range(len(KINDS)), [KIND_TITLES[kind] for kind in KINDS], color=INK)
@@ -183,7 +195,7 @@ def _draw_leak(axes, run: DemoRun) -> None:
     axes.grid(axis="y", color=GRID)
     axes.spines["left"].set_visible(False)
     handles = [_patch(colour, label, alpha) for _, _, colour, alpha, label in columns]
-    _legend_above(axes, [*handles, _line(INK, "best without the picture", (0, (2, 1.5)))])
+    _legend_above(axes, [*handles, _line(INK, "without the picture", (0, (2, 1.5)))])
 
 
 def _draw_unknowable(axes, run: DemoRun) -> None:
@@ -194,15 +206,21 @@ def _draw_unknowable(axes, run: DemoRun) -> None:
         smooth = _running_mean(outcome.losses, 10)
         axes.plot(np.arange(len(smooth)), smooth, color=colour, lw=2)
         said = f'"{context}": {outcome.forced.accuracy:.0%} teacher-forced, {outcome.generated.accuracy:.0%} generated'
-        axes.annotate(said, (steps, smooth[-1]), (0, 7), textcoords="offset points", ha="right", va="bottom", fontsize=9.5, color=colour)
+        _beside(axes, said, (steps, smooth[-1]), (0, 7), "right", "bottom", colour)
     axes.axhline(LOSS_FLOOR, color=INK, lw=1.1, ls=(0, (2, 1.5)))
     note = f"ln 8 = {LOSS_FLOOR:.2f}, the floor without a leak (chance {CHANCE:.1%})"
-    axes.annotate(note, (steps, LOSS_FLOOR), (0, -6), textcoords="offset points", ha="right", va="top", fontsize=9)
+    _beside(axes, note, (steps, LOSS_FLOOR), (0, -6), "right", "top", INK)
     axes.set_xlim(0, steps)
     axes.set_ylim(0, LOSS_FLOOR * 1.45)
     axes.set_xlabel("step")
     axes.set_ylabel("nats per answer")
     axes.grid(axis="y", color=GRID)
+
+
+def _beside(axes, text: str, point, offset, horizontal: str, vertical: str, colour: str) -> None:
+    axes.annotate(
+        text, point, offset, textcoords="offset points", ha=horizontal, va=vertical, fontsize=9, color=colour
+    )  # fmt: skip
 
 
 def _running_mean(values: list[float], window: int) -> np.ndarray:
@@ -218,8 +236,8 @@ def _percent(axis) -> None:
 
 def _legend_above(axes, handles) -> None:
     axes.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 0.975), ncols=len(handles), fontsize=8.5,
-        handlelength=1.2, handletextpad=0.5, columnspacing=1.2, borderaxespad=0,
+        handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(handles), fontsize=8.3,
+        handlelength=1.2, handletextpad=0.5, columnspacing=1.1, borderaxespad=0,
     )  # fmt: skip
     axes.set_title(axes.get_title(loc="left"), pad=24)
 

@@ -157,7 +157,8 @@ def run_demo(recipe: Recipe, leak_steps: int = leak.STEPS) -> DemoRun:
 
     short = replace(recipe, steps=leak_steps)
     unknowable = {
-        context: leak.train_unknowable(context, session.parts, session.tokenizer, short) for context in ("prompt", "all")
+        context: leak.train_unknowable(context, session.parts, session.tokenizer, short)
+        for context in ("prompt", "all")
     }
     return DemoRun(
         recipe=recipe,

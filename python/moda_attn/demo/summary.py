@@ -10,6 +10,8 @@ from .leak import CHANCE, LOSS_FLOOR
 if TYPE_CHECKING:
     from .run import DemoRun
 
+ANSWERERS = (("unpatched", "unpatched"), ("moda", "MODA"), ("leaky", 'with "all"'))
+
 
 def summary(run: DemoRun) -> str:
     """Accuracy, time, balance, example answers and the leak, in about forty lines."""
@@ -38,9 +40,7 @@ def _accuracy(run: DemoRun) -> list[str]:
 
 def _patching(run: DemoRun) -> list[str]:
     before, after = run.models["unpatched"], run.models["patched_untrained"]
-    cells = [
-        f"{kind} {before.generated[kind].accuracy:.1%} -> {after.generated[kind].accuracy:.1%}" for kind in KINDS
-    ]
+    cells = [f"{kind} {before.generated[kind].accuracy:.1%} -> {after.generated[kind].accuracy:.1%}" for kind in KINDS]
     return ["The trained unpatched model, patched without any further training", "  " + ", ".join(cells)]
 
 
@@ -48,8 +48,8 @@ def _examples(run: DemoRun) -> list[str]:
     lines = ["Some answers (the first scans of the held-out part)"]
     for example in run.examples:
         question = example.question
-        said = f"unpatched: {example.said['unpatched']:<6} MODA: {example.said['moda']:<6}"
-        lines.append(f"  {question.text:<30} right: {question.answer:<6} {said}")
+        said = "  ".join(f"{label}: {example.said[name]:<5}" for name, label in ANSWERERS)
+        lines.append(f"  {question.text:<30} right: {question.answer:<5}  {said}".rstrip())
     return lines
 
 

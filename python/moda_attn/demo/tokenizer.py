@@ -7,7 +7,9 @@ from collections.abc import Iterable
 PAD, BEGIN, END, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 INK_WORDS = ("black", "blue", "red", "green", "violet", "brown", "orange", "white")
-_QUESTION_WORDS = ("which", "digit", "is", "this", "a", "an", "it", "greater", "than", "caption", "the", "?", ":", ".", "ink")
+_QUESTION_WORDS = ("which", "digit", "ink", "is", "this", "a", "an", "it", "greater", "than", "caption", "the", *"?:.")
+    ["which", "digit", "ink", "is", "this", "a", "an", "it", "greater", "than", "caption", "the", "?", ":", "."]
+)
 _ANSWER_WORDS = ("yes", "no", "true", "false")
 
 

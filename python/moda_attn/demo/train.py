@@ -48,7 +48,7 @@ class TrainingLog:
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay for the matrices of the base model only.
 
-    MODA's parameters carry meaning at their start (keep = I, mix = 0, ALiBi slopes, base): decaying them to zero undoes it.
+    MODA's parameters carry meaning at their start (keep = I, ALiBi slopes, base): decaying them to zero would undo it.
     """
     decayed, free = [], []
     for name, parameter in model.named_parameters():
@@ -57,7 +57,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def train(model, digits: Digits, tokenizer: WordTokenizer, recipe: Recipe, title: str) -> TrainingLog:
-    """Trains ``model`` in place, with a progress bar called ``title``; the same recipe and start give the same weights."""
+    """Trains ``model`` in place behind a progress bar; the same recipe and start give the same weights."""
     optimizer = torch.optim.AdamW(
         parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.98)
     )
