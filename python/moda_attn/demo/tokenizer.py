@@ -8,8 +8,6 @@ PAD, BEGIN, END, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 INK_WORDS = ("black", "blue", "red", "green", "violet", "brown", "orange", "white")
 _QUESTION_WORDS = ("which", "digit", "ink", "is", "this", "a", "an", "it", "greater", "than", "caption", "the", *"?:.")
-    ["which", "digit", "ink", "is", "this", "a", "an", "it", "greater", "than", "caption", "the", "?", ":", "."]
-)
 _ANSWER_WORDS = ("yes", "no", "true", "false")
 
 
