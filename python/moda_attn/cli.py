@@ -45,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--steps", type=_positive, default=None, help="training steps of each model")
     demo.add_argument(
+        "--unknowable-steps", type=_positive, default=None, help="training steps on the question nobody can answer"
+    )
+    demo.add_argument(
         "--threads", type=_positive, default=1, help="CPU threads; so small a model gains little from more"
     )
     demo.add_argument("--model", help="a LLaVA checkpoint: a folder or a Hugging Face id")
@@ -94,13 +97,14 @@ def _demo(options: argparse.Namespace) -> int:
 def _demo_digits(options: argparse.Namespace) -> int:
     import torch
 
+    from .demo.leak import STEPS
     from .demo.run import run_and_write
     from .demo.summary import summary
     from .demo.train import Recipe
 
     torch.set_num_threads(options.threads)
-    recipe = Recipe(seed=options.seed, **({} if options.steps is None else {"steps": options.steps}))
-    run = run_and_write(options.out, recipe)
+    recipe = Recipe(seed=options.seed, steps=options.steps or Recipe.steps)
+    run = run_and_write(options.out, recipe, options.unknowable_steps or STEPS)
     print(f"\n{summary(run)}")
     print(f"\n{run.seconds:.0f} s; picture: {options.out / 'demo.png'}, numbers: {options.out / 'results.json'}")
     return 0
@@ -119,12 +123,13 @@ def _demo_checkpoint(options: argparse.Namespace) -> int:
 def _balance(options: argparse.Namespace) -> int:
     from . import load_pretrained
     from .analysis import attention_balance
-    from .demo.checkpoint import load_checkpoint, prepare, write_json
+    from .demo.checkpoint import load_checkpoint, open_image, prepare, write_json
 
+    picture = open_image(options.image)
     model, processor = load_checkpoint(options.model)
     if options.moda is not None:
         load_pretrained(model, options.moda)
-    _, inputs = prepare(processor, options.image, options.prompt)
+    _, inputs = prepare(processor, picture, options.prompt)
     report = attention_balance(model, **inputs)
     print(report)
     if options.out is not None:

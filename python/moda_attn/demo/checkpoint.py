@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import moda_attn
 
 from ..analysis import BalanceReport, attention_balance
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,20 @@ def load_checkpoint(name: str, dtype: str = "auto") -> tuple[torch.nn.Module, An
     return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).eval(), AutoProcessor.from_pretrained(name)
 
 
-def prepare(processor, image: Path, prompt: str) -> tuple[str, dict[str, torch.Tensor]]:
+def open_image(path: Path) -> Image.Image:
+    """The picture in RGB; opened before the checkpoint, so that a wrong path does not cost the loading of one."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def prepare(processor, picture: Image.Image, prompt: str) -> tuple[str, dict[str, torch.Tensor]]:
     """The full prompt and the model's inputs for one picture and a question.
 
     A prompt that already holds the image placeholder is taken as it is; otherwise the processor's chat template makes
     it one, or, without a template, LLaVA-1.5's own form does.
     """
-    from PIL import Image
-
     placeholder = processor.image_token
     if placeholder not in prompt:
         if getattr(processor, "chat_template", None):
@@ -55,15 +64,14 @@ def prepare(processor, image: Path, prompt: str) -> tuple[str, dict[str, torch.T
             prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         else:
             prompt = f"USER: {placeholder}\n{prompt} ASSISTANT:"
-    with Image.open(image) as picture:
-        inputs = processor(images=picture.convert("RGB"), text=prompt, return_tensors="pt")
-    return prompt, dict(inputs)
+    return prompt, dict(processor(images=picture, text=prompt, return_tensors="pt"))
 
 
 def look(name: str, image: Path, prompt: str, *, max_new_tokens: int = 64) -> Look:
     """Generates and measures with the unpatched checkpoint, patches it with ``ModaConfig()``, and does so again."""
+    picture = open_image(image)
     model, processor = load_checkpoint(name)
-    full_prompt, inputs = prepare(processor, image, prompt)
+    full_prompt, inputs = prepare(processor, picture, prompt)
     inputs = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
     answers, balances = {}, {}
     for stage in ("unpatched", "patched, untrained"):
