@@ -357,6 +357,4 @@ _register("modular_attention_backward", _attention_backward, _attention_gradient
 
 duplex_align = _register("duplex_align", _align, _align_outputs, _align_setup, _align_formula)
 pseudo_sink = _register("pseudo_sink", _sink, _sink_outputs, _sink_setup, _sink_formula)
-modular_attention = _register(
-    "modular_attention", _attention, _attention_outputs, _attention_setup, _attention_formula
-)
+modular_attention = _register("modular_attention", _attention, _attention_outputs, _attention_setup, _attention_formula)
