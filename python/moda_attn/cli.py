@@ -129,7 +129,7 @@ def _balance(options: argparse.Namespace) -> int:
     model, processor = load_checkpoint(options.model)
     if options.moda is not None:
         load_pretrained(model, options.moda)
-    _, inputs = prepare(processor, picture, options.prompt)
+    _, inputs = prepare(model, processor, picture, options.prompt)
     report = attention_balance(model, **inputs)
     print(report)
     if options.out is not None:

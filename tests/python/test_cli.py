@@ -192,7 +192,9 @@ def test_balance_with_saved_moda_weights(checkpoint, tmp_path, capsys):
     model, _ = load_checkpoint(str(checkpoint))
     moda_attn.apply(model, moda_attn.ModaConfig(base=1.0))
     moda_attn.save_pretrained(model, tmp_path / "moda")
-    assert cli.main(["balance", *looking_at(checkpoint, "--moda", tmp_path / "moda", "--out", tmp_path / "r.json")]) == 0
+    assert (
+        cli.main(["balance", *looking_at(checkpoint, "--moda", tmp_path / "moda", "--out", tmp_path / "r.json")]) == 0
+    )
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["patched"] is True
     assert all(balance["pseudo_share"] > 0.3 for balance in report["modalities"])
@@ -203,7 +205,7 @@ def test_a_bare_question_is_wrapped_in_llavas_own_form(checkpoint):
     from moda_attn.demo.checkpoint import load_checkpoint, open_image, prepare
 
     model, processor = load_checkpoint(str(checkpoint))
-    prompt, inputs = prepare(processor, open_image(checkpoint / "picture.png"), "which digit is this ?")
+    prompt, inputs = prepare(model, processor, open_image(checkpoint / "picture.png"), "which digit is this ?")
     assert prompt == "USER: <image>\nwhich digit is this ? ASSISTANT:"
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 4
 
@@ -211,13 +213,13 @@ def test_a_bare_question_is_wrapped_in_llavas_own_form(checkpoint):
 def test_a_chat_template_is_used_when_there_is_one(checkpoint):
     from moda_attn.demo.checkpoint import load_checkpoint, open_image, prepare
 
-    _, processor = load_checkpoint(str(checkpoint))
+    model, processor = load_checkpoint(str(checkpoint))
     processor.chat_template = (
         "{% for message in messages %}{% for part in message['content'] %}"
         "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
         "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
     )
-    prompt, _ = prepare(processor, open_image(checkpoint / "picture.png"), "which digit ?")
+    prompt, _ = prepare(model, processor, open_image(checkpoint / "picture.png"), "which digit ?")
     assert prompt == "<image> which digit ? ASSISTANT:"
 
 
@@ -227,5 +229,5 @@ def test_a_missing_file_is_a_message_not_a_traceback(checkpoint, tmp_path, capsy
     arguments[arguments.index(missing) + 1] = str(tmp_path / "absent")
     assert cli.main(["demo", *arguments]) == 1
     message = capsys.readouterr().err
-    assert message.startswith("moda-attn demo: ")
+    assert "moda-attn demo: " in message
     assert "absent" in message

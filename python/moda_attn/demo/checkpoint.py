@@ -51,8 +51,8 @@ def open_image(path: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def prepare(processor, picture: Image.Image, prompt: str) -> tuple[str, dict[str, torch.Tensor]]:
-    """The full prompt and the model's inputs for one picture and a question.
+def prepare(model, processor, picture: Image.Image, prompt: str) -> tuple[str, dict[str, torch.Tensor]]:
+    """The full prompt and the model's inputs, in its dtype, for one picture and a question.
 
     A prompt that already holds the image placeholder is taken as it is; otherwise the processor's chat template makes
     it one, or, without a template, LLaVA-1.5's own form does.
@@ -64,15 +64,15 @@ def prepare(processor, picture: Image.Image, prompt: str) -> tuple[str, dict[str
             prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         else:
             prompt = f"USER: {placeholder}\n{prompt} ASSISTANT:"
-    return prompt, dict(processor(images=picture, text=prompt, return_tensors="pt"))
+    inputs = processor(images=picture, text=prompt, return_tensors="pt")
+    return prompt, dict(inputs.to(model.device, model.dtype))
 
 
 def look(name: str, image: Path, prompt: str, *, max_new_tokens: int = 64) -> Look:
     """Generates and measures with the unpatched checkpoint, patches it with ``ModaConfig()``, and does so again."""
     picture = open_image(image)
     model, processor = load_checkpoint(name)
-    full_prompt, inputs = prepare(processor, picture, prompt)
-    inputs = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    full_prompt, inputs = prepare(model, processor, picture, prompt)
     answers, balances = {}, {}
     for stage in ("unpatched", "patched, untrained"):
         if stage != "unpatched":
