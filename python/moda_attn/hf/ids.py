@@ -84,6 +84,15 @@ def _refuse_packed_rows(arguments: Mapping[str, Any]) -> None:
         raise ModaValueError("position_ids do not rise by one, and no attention_mask: packed rows are not supported")
 
 
+def refuse_late_images(arguments: Mapping[str, Any]) -> None:
+    """Raise where images arrive on a cache that holds a prompt: the bases are those of the first call."""
+    length = past_length(arguments.get("past_key_values"))
+    if _has_images(arguments) and isinstance(length, int) and length:
+        raise ModaValueError(
+            f"images in a call on a cache of {length} tokens: give the whole prompt in one call with an empty cache"
+        )
+
+
 def _has_images(arguments: Mapping[str, Any]) -> bool:
     encoded = arguments.get("mm_encoder_outputs") or {}
     return arguments.get("pixel_values") is not None or encoded.get("image") is not None
