@@ -28,4 +28,10 @@ pub mod cpu;
 pub mod dispatch;
 pub mod op;
 
+#[cfg(feature = "python")]
+mod dlpack;
+
+#[cfg(feature = "python")]
+mod py;
+
 pub use error::{Error, Result};
