@@ -2,14 +2,16 @@
 
 mod common;
 
-use common::{AlignCase, AlignOptions, AttendCase, AttendOptions, Rng, assert_close, tolerance};
+use common::{
+    AlignCase, AlignOptions, AttendCase, AttendOptions, Rng, assert_close, assert_close_for_size, assert_each_close, tolerance,
+};
 use half::{bf16, f16};
 use moda_attn::cpu::{self, CpuReal, Exec};
 use moda_attn::dispatch::Isa;
 use moda_attn::dtype::Element;
 
 /// Random cases of a few tokens for every instruction set.
-const CASES: u64 = 150;
+const CASES: u64 = 40;
 
 fn available() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| {
@@ -28,19 +30,21 @@ fn check_attend<T: Element<Acc: CpuReal>>(exec: Exec, case: &AttendCase<T>) {
     let got = case.forward(|problem, outputs| cpu::attend::forward(exec, problem, outputs).unwrap());
     let name = |what| format!("{what} {exec:?} {:?} {:?}", T::DTYPE, case.options);
     assert_close(&name("out"), &got.out.values(), &truth.out.values(), outputs);
-    let [lse, true_lse] = [got.logsumexp.widened().values(), truth.logsumexp.values()];
-    assert_close(&name("logsumexp"), &lse, &true_lse, accumulated.max(1e-12));
+    assert_each_close(&name("logsumexp"), &got.logsumexp.values(), &truth.logsumexp.values(), accumulated);
     assert_close(&name("mass"), &got.mass.values(), &truth.mass.values(), accumulated);
     let truth = case.true_gradients();
     let got = case.backward(&got, |problem, upstream, gradients| {
         cpu::attend::backward(exec, problem, upstream, gradients).unwrap();
     });
-    assert_close(&name("d query"), &got.query.values(), &truth.query.values(), gradients);
-    assert_close(&name("d key"), &got.key.values(), &truth.key.values(), gradients);
-    assert_close(&name("d value"), &got.value.values(), &truth.value.values(), gradients);
+    // A row that sees one key has no gradient but for rounding: that is measured by what flows in.
+    let inflow = 0.1 * case.out_gradient.widened().values().iter().map(|d| d * d).sum::<f64>().sqrt();
+    let close = |what, got: &[f64], truth: &[f64]| assert_close_for_size(&name(what), got, truth, gradients, inflow);
+    close("d query", &got.query.widened().values(), &truth.query.values());
+    close("d key", &got.key.widened().values(), &truth.key.values());
+    close("d value", &got.value.widened().values(), &truth.value.values());
     for (what, got, truth) in [("d sink", &got.sink, &truth.sink), ("d bias", &got.bias, &truth.bias)] {
         if let (Some(got), Some(truth)) = (got, truth) {
-            assert_close(&name(what), &got.values(), &truth.values(), gradients);
+            close(what, &got.widened().values(), &truth.values());
         }
     }
 }

@@ -15,6 +15,7 @@ _SUBMODULES = ("analysis", "errors", "functional", "hf", "numpy", "reference")
 # Public name -> the module that defines it.
 _ATTRIBUTES = {
     "ModaAttention": "module",
+    "ModaCache": "state",
     "ModaConfig": "config",
     "apply": "hf",
     "attention_balance": "analysis",
@@ -28,6 +29,7 @@ _ATTRIBUTES = {
 
 __all__ = [
     "ModaAttention",
+    "ModaCache",
     "ModaConfig",
     "__version__",
     "apply",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from .config import ModaConfig
     from .hf import apply, load_pretrained, remove, save_pretrained
     from .module import ModaAttention
+    from .state import ModaCache
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import functional as F
 from ._linalg import unit_rows
-from ._ops import ops
 from .config import ModaConfig
 
 EPS = 1e-6
@@ -69,7 +69,7 @@ class DuplexAligner(nn.Module):
                 basis = self._basis_alone(key, value, modality, context)
             return (key if self.fuser is None else self._align_by_mlp(key, modality)), basis
         keep, mix = self._tables(key)
-        return ops.duplex_align(key, value, modality, keep, mix, kind=kind, context=context, basis=basis, eps=EPS)
+        return F.duplex_align(key, value, modality, keep, mix, kind=kind, context=context, basis=basis, eps=EPS)
 
     def _tables(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """keep and mix for every modality, (M, D, D)."""
@@ -84,9 +84,9 @@ class DuplexAligner(nn.Module):
     def _basis_alone(self, key: Tensor, value: Tensor, modality: Tensor, context: Tensor | None) -> Tensor:
         dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
         nothing = torch.zeros(self.config.num_modalities, self.head_dim, self.head_dim, dtype=dtype, device=key.device)
-        return ops.duplex_align(
-            key, value, modality, nothing, nothing, kind=self.config.basis, context=context, eps=EPS
-        )[1]
+        return F.duplex_align(key, value, modality, nothing, nothing, kind=self.config.basis, context=context, eps=EPS)[
+            1
+        ]
 
     def _align_by_mlp(self, key: Tensor, modality: Tensor) -> Tensor:
         dtype = torch.float64 if key.dtype == torch.float64 else torch.float32

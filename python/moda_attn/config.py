@@ -79,7 +79,7 @@ class ModaConfig:
 
     @classmethod
     def released(cls) -> ModaConfig:
-        """What the authors' released code computes: vision keys aligned through a gate, no mask, all tokens in the basis."""
+        """What the released code computes: vision keys aligned through a gate, no mask, every token in the basis."""
         return cls(align=("vision",), fusion="gated", mask="none", location_prior=False, context="all")
 
     @property

@@ -22,7 +22,7 @@ class ModaTypeError(ModaError, TypeError):
 
 
 class ModaRuntimeError(ModaError, RuntimeError):
-    """A request that is right but cannot be carried out here: a missing instruction set, a state that does not allow it."""
+    """A right request that cannot be carried out here: a missing instruction set, a state that forbids it."""
 
 
 class ModaMemoryError(ModaError, MemoryError):

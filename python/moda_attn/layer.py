@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._ops import ops
+from . import functional as F
 from .aligner import DuplexAligner
 from .config import ModaConfig
 from .mask import LocationPrior, ModularMask, basis_affinity
@@ -13,7 +13,7 @@ from .state import LayerState
 
 
 class ModaLayer(nn.Module):
-    """The parameters of one layer: aligner, modular mask and location prior; no parameter that the configuration cannot use.
+    """The parameters of one layer: aligner, modular mask and location prior; none that the configuration cannot use.
 
     Args:
         config: the configuration.
@@ -86,4 +86,4 @@ def attend(
             options["sink"] = layer.mask(query, query_modality, state.position[:, -rows:], scale)
         if layer.prior is not None:
             options["modality_bias"] = layer.prior(state.affinity)
-    return ops.modular_attention(query, key, value, state.modality, scale=scale, return_mass=return_mass, **options)
+    return F.modular_attention(query, key, value, state.modality, scale=scale, return_mass=return_mass, **options)

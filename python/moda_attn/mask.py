@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import functional as F
 from ._linalg import unit_rows
-from ._ops import ops
 from .config import ModaConfig
 
 
@@ -50,7 +50,7 @@ class ModularMask(nn.Module):
             base = self.base.to(dtype)
             decay = torch.zeros_like(base) if self.decay is None else self.decay.to(dtype)
             sinks = [
-                ops.pseudo_sink(position, query_modality, self.config.span, decay[which], base[which]) for which in sets
+                F.pseudo_sink(position, query_modality, self.config.span, decay[which], base[which]) for which in sets
             ]
         return torch.stack(sinks, dim=-1) if len(sinks) == 2 else sinks[0]
 

@@ -41,7 +41,7 @@ def duplex_align(
             ``a = modality[j]``, ``unit_j`` the unit key and ``T_a`` the sum of the row-normed bases of the others.
         kind: "covariance" (``G = sum unit^T v``) or "gram" (``G = sum unit^T unit``, equation 5).
         context: (B, Nk) bool, the tokens that may feed a basis; default every token that is no padding.
-        basis: (B, Hkv, M, D, D) in float32 (float64 for float64 keys), used instead of computing one and returned as is.
+        basis: (B, Hkv, M, D, D) in float32 (float64 for float64 keys), used and returned as is.
         eps: added to every component of a key before its norm is taken.
 
     Returns:
@@ -194,15 +194,17 @@ def modular_attention(
         query_modality: (B, Nq); default the last Nq entries of `modality`. A padding query gives zeros.
         is_causal: query i sees key j only where ``j <= i + Nk - Nq`` (bottom-right aligned, as a cache needs).
         scale: of the scores, default ``D ** -0.5``.
-        sink: logits of the pseudo-scores, (B|1, Hq|1, Nq), for "split" (B|1, Hq|1, Nq, 2); float32 (float64 for float64).
-        modality_bias: (B|1, Hq|1, M, M), added to the scores by modality of query and key; -inf forbids the pair. As sink.
+        sink: logits of the pseudo-scores, (B|1, Hq|1, Nq), for "split" (B|1, Hq|1, Nq, 2), own then other; float32
+            (float64 for float64 queries).
+        modality_bias: (B|1, Hq|1, M, M), added to the scores by modality of query and key; -inf forbids the pair.
+            Its dtype as for sink.
         combine: "joint", one softmax over the row, or "split", one over the keys of the query's own modality plus one
             over the keys of the others, each with its own sink; an empty part gives zeros.
         return_mass: also return where the attention went.
 
     Returns:
         (B, Hq, Nq, D) in the query's dtype; with `return_mass` also (B, Hq, Nq, 3), the mass on keys of the query's own
-        modality, on the others and on the pseudo-scores, not differentiable. A row that sees no key gives zeros in both.
+        modality, on the others and on the pseudo-scores, not differentiable. A row that sees no key gives zeros.
 
     Raises:
         ModaTypeError, ModaValueError: an argument of the wrong kind, dtype or shape, or a modality id out of range.
@@ -247,7 +249,7 @@ def modular_attention(
 
 
 def _softmax(scores: Tensor, visible: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax over the visible scores and the sink; probabilities of the keys and of the sink, zeros where none is visible."""
+    """Softmax over visible scores and sink: probabilities of the keys and of the sink, zeros where none is visible."""
     seen = visible.any(-1, keepdim=True).expand(*scores.shape[:-1], 1)
     scores = scores.masked_fill(~visible, -torch.inf)
     column = scores.new_full(seen.shape, -torch.inf) if sink is None else sink[..., None].expand(seen.shape)

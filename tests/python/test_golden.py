@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+
 from tolerance import relative_l2
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+
 from moda_attn import reference as ref
 from moda_attn.errors import ModaError, ModaTypeError, ModaValueError
 from tolerance import assert_close
@@ -187,8 +188,10 @@ def test_rows_that_see_nothing_give_zeros_and_zero_gradients():
         poisoned["query"], aligned, poisoned["value"], MODALITY, sink=sink, modality_bias=bias, return_mass=True
     )
     blind = (MODALITY != 0)[:, None, :, None]
-    assert basis.isfinite().all() and out.isfinite().all()
-    assert (out.masked_select(blind) == 0).all() and (mass.masked_select(blind) == 0).all()
+    assert basis.isfinite().all()
+    assert out.isfinite().all()
+    assert (out.masked_select(blind) == 0).all()
+    assert (mass.masked_select(blind) == 0).all()
     out.square().sum().backward()
     for name, leaf in {**poisoned, "sink": sink, "bias": bias, "keep": keep, "mix": mix}.items():
         assert leaf.grad.isfinite().all(), f"gradient of {name}"
@@ -214,7 +217,8 @@ def test_identity_fusion_returns_the_keys_bit_for_bit():
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         key = x["key"].to(dtype)
         aligned, basis = ref.duplex_align(key, x["value"].to(dtype), MODALITY, eye, torch.zeros(3, 16, 16))
-        assert torch.equal(aligned, key) and aligned.dtype == dtype
+        assert aligned.dtype == dtype
+        assert torch.equal(aligned, key)
         assert basis.dtype == (F64 if dtype == F64 else torch.float32)
 
 
@@ -256,7 +260,9 @@ def test_empty_sizes(batch: int, rows: int, columns: int):
     eye = torch.eye(8).expand(2, 8, 8)
     aligned, basis = ref.duplex_align(key, key, ids, eye, eye)
     out = ref.modular_attention(query, aligned, key, ids, query_modality=query_ids)
-    assert aligned.shape == key.shape and basis.shape == (batch, 2, 2, 8, 8) and out.shape == query.shape
+    assert aligned.shape == key.shape
+    assert basis.shape == (batch, 2, 2, 8, 8)
+    assert out.shape == query.shape
     assert (out == 0).all()
 
 

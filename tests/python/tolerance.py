@@ -23,7 +23,7 @@ EAGER_FACTOR = 2.0
 
 
 def relative_l2(got: Tensor, truth: Tensor) -> float:
-    """``||got - truth|| / ||truth||`` in float64; infinity if `got` holds a NaN or infinity that `truth` has not there."""
+    """``||got - truth|| / ||truth||`` in float64; infinity where only one of them is NaN or infinite."""
     got, truth = got.detach().double(), truth.detach().double()
     assert got.shape == truth.shape, f"shape {tuple(got.shape)}, wanted {tuple(truth.shape)}"
     odd = ~truth.isfinite()

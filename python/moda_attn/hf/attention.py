@@ -1,4 +1,4 @@
-"""Patching one attention module: a subclass of its own class, made on the spot, whose forward passes through the seam."""
+"""Patching one attention module: a subclass of its own class whose forward passes through the seam."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _patched(cls: type) -> type:
             call = kwargs.get("moda_call")
             if call is None:
                 raise ModaRuntimeError(
-                    "a patched attention was called without modality ids: call the model, or its core, not the text decoder"
+                    "a patched attention was called without modality ids: call the model or its core, not the decoder"
                 )
             call.entered.add(self.layer_idx)
             seam = CacheSeam(self.moda, call, past_key_values)

@@ -45,6 +45,7 @@ def describe_call(
         training: whether the call is a training step, which must not guess where the prompt ends.
         prompt_length: number of prompt columns while the model generates.
     """
+    _refuse_packed_rows(arguments)
     modality = _modality(arguments, image_token)
     if context == "all":
         return ModaCall(modality, None)
@@ -72,6 +73,15 @@ def _modality(arguments: Mapping[str, Any], image_token: int) -> Tensor:
         modality = torch.full_like(ids, TEXT)
     real = _real_tokens(arguments, modality.shape[1])
     return modality if real is None else modality.masked_fill(~real.to(modality.device), PADDING)
+
+
+def _refuse_packed_rows(arguments: Mapping[str, Any]) -> None:
+    """Several samples in one row would feed each other's bases; transformers tells them by their positions too."""
+    positions = arguments.get("position_ids")
+    if positions is None or arguments.get("attention_mask") is not None or torch.compiler.is_compiling():
+        return
+    if past_length(arguments.get("past_key_values")) == 0 and (positions.diff(dim=-1) != 1).any():
+        raise ModaValueError("position_ids that do not rise by one, without attention_mask: packed rows are not supported")
 
 
 def _has_images(arguments: Mapping[str, Any]) -> bool:
@@ -117,7 +127,7 @@ def _context(
         return supervised.int().cumsum(-1) == 0
     if training:
         raise ModaValueError(
-            'context = "prompt" needs to know where the prompt ends: give labels, or moda_context (B, N) bool, to forward'
+            'context = "prompt" must know where the prompt ends: give labels or moda_context (B, N) bool to forward'
         )
     if prompt_length is not None:
         columns = torch.arange(modality.shape[1], device=modality.device)

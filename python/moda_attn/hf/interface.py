@@ -38,17 +38,23 @@ def moda_attention(
         (B, n, Hq, D), and None for the attention weights, which are never formed.
     """
     if moda_seam is None or moda_seam.state is None:
-        raise ModaRuntimeError(f'{type(module).__name__} uses attention "moda" but is not patched; call moda_attn.apply')
+        raise ModaRuntimeError(
+            f'{type(module).__name__} uses attention "moda" but is not patched; call moda_attn.apply'
+        )
     if attention_mask is not None and attention_mask.dim() == 4:
         raise ModaValueError(f"a 4-D attention mask {tuple(attention_mask.shape)} cannot be expressed; give (B, N)")
     if dropout:
-        raise ModaValueError(f"attention dropout {dropout} is not supported; set attention_dropout = 0 in the text config")
+        raise ModaValueError(
+            f"attention dropout {dropout} is not supported; set attention_dropout = 0 in the text config"
+        )
     if kwargs.get("softcap") is not None:
         raise ModaValueError("softcap is not supported")
     state = moda_seam.state
     length = state.modality.shape[1]
     if key.shape[2] < length:
-        raise ModaValueError(f"{length} tokens, but the cache kept {key.shape[2]}: a sliding window cannot be expressed")
+        raise ModaValueError(
+            f"{length} tokens, but the cache kept {key.shape[2]}: a sliding window cannot be expressed"
+        )
     recorder = module.moda_runtime.recorder
     result = attend(
         moda_seam.layer,

@@ -33,7 +33,12 @@ def save_pretrained(model: nn.Module, path: str | Path) -> None:
         raise ModaValueError(f"{type(model).__name__} is not patched; nothing to save")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"format": FORMAT, "version": __version__, "model": type(model).__name__, "config": runtime.config.to_dict()}
+    record = {
+        "format": FORMAT,
+        "version": __version__,
+        "model": type(model).__name__,
+        "config": runtime.config.to_dict(),
+    }
     (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
     weights = {name: tensor.detach().contiguous() for name, tensor in _weights(model).items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})

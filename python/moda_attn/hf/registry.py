@@ -67,7 +67,8 @@ def family_of(model: object) -> Family:
         raise ModaTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "peft_config"):
         raise ModaValueError(
-            'the model is wrapped by PEFT, which would not save MODA weights: apply first, then wrap with modules_to_save=["moda"]'
+            "the model is wrapped by PEFT, which would not save MODA weights: apply first, then wrap it with "
+            'modules_to_save=["moda"]'
         )
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:

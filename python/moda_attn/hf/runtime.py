@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaValueError
-from .ids import OWN_ARGUMENTS, describe_call, past_length
+from .ids import OWN_ARGUMENTS, describe_call
 from .registry import Family
 
 if TYPE_CHECKING:
@@ -72,11 +72,9 @@ class Runtime:
             prompt_length=self.prompt_length,
         )
         kwargs["moda_call"] = call
-        mask = arguments.get("attention_mask")
-        if arguments.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2:
-            # Alignment acts on rotated keys, so a row's result would depend on how far padding shifts it.
-            if not past_length(arguments.get("past_key_values")):
-                kwargs["position_ids"] = ((call.modality >= 0).long().cumsum(-1) - 1).clamp(min=0)
+        positions = _positions(arguments, call.modality.shape[1])
+        if positions is not None:
+            kwargs["position_ids"] = positions
         return args, kwargs
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -90,11 +88,28 @@ class Runtime:
         settings = kwargs.get("generation_config") or model.generation_config
         if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
             raise ModaValueError("prefill_chunk_size is not supported: the bases need the whole prompt in one call")
-        prompt = args[0] if args else next(
-            (kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None), None
+        prompt = (
+            args[0]
+            if args
+            else next(
+                (kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None),
+                None,
+            )
         )
         self.prompt_length = prompt.shape[1] if isinstance(prompt, Tensor) else None
         try:
             return type(model).generate(model, *args, **kwargs)
         finally:
             self.prompt_length = None
+
+
+def _positions(arguments: dict[str, Any], count: int) -> Tensor | None:
+    """Position ids (B, n) that count only real tokens, where the call has a 2-D mask and brings none of its own.
+
+    Alignment acts on rotated keys: with positions that count padding, a row's result would depend on how far padding
+    shifts it.
+    """
+    mask = arguments.get("attention_mask")
+    if arguments.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]

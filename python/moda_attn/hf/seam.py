@@ -63,7 +63,8 @@ def recall(cache: Any, layer_idx: int) -> LayerState | None:
         return state
     if (0 if state is None else state.modality.shape[1]) != cached:
         raise ModaRuntimeError(
-            f"layer {layer_idx} of the cache holds {cached} keys that this patched model did not put there; start from an empty cache"
+            f"layer {layer_idx} of the cache holds {cached} keys that this patched model did not put there; "
+            "start from an empty cache"
         )
     return state if cached else None
 

@@ -252,7 +252,12 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             }
             if let Some(mass) = &outputs.mass {
                 let sink = self.problem.sink.map(|sink| sink.get([b, head, info.query, part]) * S::Real::LOG2_E);
-                let pseudo = sink.map_or(S::Real::ZERO, |sink| exp2_one(self.s, sink - running.top));
+                // An infinite sink is its own maximum, and the difference of the two is no number.
+                let pseudo = match sink {
+                    None => S::Real::ZERO,
+                    Some(sink) if sink == running.top => S::Real::ONE,
+                    Some(sink) => exp2_one(self.s, sink - running.top),
+                };
                 for (at, share) in [running.own, running.cross, pseudo].into_iter().enumerate() {
                     // SAFETY: as above.
                     let mass = unsafe { mass.element([b, head, info.query, at]) };

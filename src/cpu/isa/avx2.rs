@@ -161,7 +161,7 @@ impl Simd for Avx2<f32> {
     }
     #[inline(always)]
     unsafe fn store_f16(self, pointer: *mut f16, value: __m256) {
-        unsafe { _mm_storeu_si128(pointer.cast::<__m128i>(), _mm256_cvtps_ph::<NEAREST>(value)) }
+        unsafe { _mm_storeu_si128(pointer.cast::<__m128i>(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)) }
     }
 }
 

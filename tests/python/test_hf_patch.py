@@ -1,0 +1,290 @@
+"""apply and remove: identity at the start, exact undoing, reports, and everything that must be refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import moda_attn
+import tiny
+from moda_attn import ModaConfig
+from moda_attn.errors import ModaRuntimeError, ModaTypeError, ModaValueError
+
+ALIGN_ONLY = ModaConfig(mask="none", location_prior=False)
+
+
+def logits(model: nn.Module, **arguments) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**arguments).logits
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_alignment_starts_as_the_identity_exactly(family: str, implementation: str, pad: str):
+    model = tiny.build(family)
+    model.set_attn_implementation({"text_config": implementation})
+    x = tiny.inputs(family, ["TTITTT", "TTTTITTTT"], pad=pad)
+    # The patch counts positions without padding, as `generate` does.
+    plain = logits(model, **x, position_ids=positions(x))
+    report = moda_attn.apply(model, ALIGN_ONLY)
+    assert report.attention == implementation
+    assert torch.equal(logits(model, **x), plain)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_kernel_in_place_of_torch_changes_rounding_only(family: str):
+    model = tiny.build(family)
+    x = tiny.inputs(family, ["TTITTT", "TTTTITTTT"])
+    plain = logits(model, **x)
+    report = moda_attn.apply(model, ALIGN_ONLY, attention="moda")
+    assert report.attention == "moda"
+    real = x["attention_mask"].bool()
+    assert (logits(model, **x) - plain)[real].abs().max() < 1e-4
+    tiny.randomise(model)
+    assert (logits(model, **x) - plain)[real].abs().max() > 1
+
+
+def hooks(model: nn.Module) -> list[tuple[int, int]]:
+    """How many hooks every module has; transformers puts some of its own there at the first forward."""
+    return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("config", [ModaConfig(), ALIGN_ONLY, ModaConfig.released()])
+def test_remove_is_exact(family: str, config: ModaConfig):
+    model = tiny.build(family)
+    x = tiny.inputs(family, ["TTITTT"])
+    plain, keys, classes = logits(model, **x), list(model.state_dict()), [type(module) for module in model.modules()]
+    hooked = hooks(model)
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    moda_attn.apply(model, config)
+    tiny.randomise(model)
+    changed = logits(model, **x)
+    model.generate(**x, max_new_tokens=2, do_sample=False)
+    moda_attn.remove(model)
+    assert not torch.equal(changed, plain)
+    assert torch.equal(logits(model, **x), plain)
+    assert list(model.state_dict()) == keys
+    assert [type(module) for module in model.modules()] == classes
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert hooks(model) == hooked
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    with pytest.raises(ModaValueError, match="not patched"):
+        moda_attn.remove(model)
+
+
+def test_apply_reports_and_is_idempotent():
+    model = tiny.build()
+    before = sum(parameter.numel() for parameter in model.parameters())
+    config = ModaConfig(layers=(0, 2))
+    report = moda_attn.apply(model, config)
+    assert (report.layers, report.skipped) == ((0, 2), {1: "not in config.layers"})
+    assert sum(parameter.numel() for parameter in model.parameters()) - before == report.parameters > 0
+    assert not report.already
+    tiny.randomise(model)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again = moda_attn.apply(model, config)
+    assert again.already
+    assert again.layers == report.layers
+    assert "already patched" in str(again)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ModaValueError, match="remove first"):
+        moda_attn.apply(model, ModaConfig())
+
+
+def test_a_layer_left_out_attends_plainly():
+    """With parameters in layer 1 alone, moving them changes layer 1's output and what follows, not layer 0's."""
+    model = tiny.build()
+    x = tiny.inputs("llava-llama", ["TTITTT", "TIT"])
+    with torch.no_grad():
+        plain = model(**x, output_hidden_states=True, position_ids=positions(x)).hidden_states
+        moda_attn.apply(model, ModaConfig(layers=(1,)))
+        tiny.randomise(model)
+        patched = model(**x, output_hidden_states=True).hidden_states
+    real = x["attention_mask"].bool()
+    assert (patched[1] - plain[1])[real].abs().max() < 1e-5
+    assert (patched[2] - plain[2])[real].abs().max() > 1e-2
+
+
+def positions(x: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (x["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+
+def test_parameter_names_of_the_base_model_stay():
+    model = tiny.build()
+    names = set(model.state_dict())
+    moda_attn.apply(model)
+    added = set(model.state_dict()) - names
+    assert names <= set(model.state_dict())
+    assert added
+    assert all(".self_attn.moda." in name for name in added)
+
+
+def test_a_deep_copy_is_independent():
+    model = tiny.build()
+    x = tiny.inputs("llava-llama", "TTITTT")
+    plain = logits(model, **x)
+    moda_attn.apply(model)
+    tiny.randomise(model)
+    patched = logits(model, **x)
+    twin = copy.deepcopy(model)
+    moda_attn.remove(model)
+    assert torch.equal(logits(model, **x), plain)
+    assert torch.equal(logits(twin, **x), patched)
+    assert twin.generate(**x, max_new_tokens=2, do_sample=False).shape[1] == x["input_ids"].shape[1] + 2
+    moda_attn.remove(twin)
+    assert torch.equal(logits(twin, **x), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_lower_precision_keep_float32_parameters(dtype: torch.dtype):
+    model = tiny.build(dtype=dtype)
+    x = tiny.inputs("llava-llama", ["TTITTT", "TIT"])
+    x["pixel_values"] = x["pixel_values"].to(dtype)
+    moda_attn.apply(model)
+    own = [parameter for name, parameter in model.named_parameters() if ".moda." in name]
+    assert {parameter.dtype for parameter in own} == {torch.float32}
+    model(**x, labels=x["input_ids"]).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in own)
+    model.to(dtype)
+    assert logits(model, **x).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (nn.Linear(2, 2), ModaValueError, "Linear is not supported; supported are Llava"),
+        ("a path", ModaTypeError, "model must be a torch.nn.Module, got str"),
+    ],
+)
+def test_models_that_are_not_supported(model: object, error: type, message: str):
+    with pytest.raises(error, match=message):
+        moda_attn.apply(model)
+
+
+def test_configurations_that_do_not_fit():
+    model = tiny.build()
+    for config, message in (
+        (ModaConfig(layers=(3,)), "the model has 3 layers"),
+        (ModaConfig(num_modalities=1, align=(), location_prior=False), "text and vision"),
+    ):
+        with pytest.raises(ModaValueError, match=message):
+            moda_attn.apply(model, config)
+    with pytest.raises(ModaTypeError, match="config must be a ModaConfig"):
+        moda_attn.apply(model, {"mask": "none"})
+    with pytest.raises(ModaValueError, match='attention = "keep" needs'):
+        moda_attn.apply(model, ModaConfig(), attention="keep")
+    with pytest.raises(ModaValueError, match="attention = 'flash'"):
+        moda_attn.apply(model, ModaConfig(), attention="flash")
+    assert not any(".moda." in name for name in model.state_dict())
+
+
+def test_models_in_a_state_that_cannot_be_patched():
+    wrapped = tiny.build()
+    wrapped.peft_config = {}
+    with pytest.raises(ModaValueError, match="PEFT"):
+        moda_attn.apply(wrapped)
+    foreign = tiny.build()
+    attention = foreign.model.language_model.layers[0].self_attn
+    attention.forward = lambda *args, **kwargs: None
+    with pytest.raises(ModaValueError, match="forward of its own"):
+        moda_attn.apply(foreign)
+    with pytest.raises(ModaValueError, match="meta device"):
+        moda_attn.apply(tiny.build().to("meta"))
+
+
+def test_a_patched_layer_that_is_not_entered_is_noticed():
+    model = tiny.build()
+    moda_attn.apply(model)
+    attention = model.model.language_model.layers[1].self_attn
+    attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with pytest.raises(ModaRuntimeError, match=r"layers \[1\] were not entered"):
+        model(**tiny.inputs("llava-llama", "TIT"))
+
+
+def test_masks_that_cannot_be_expressed():
+    family = "llava-llama"
+    model = tiny.build(family)
+    moda_attn.apply(model)
+    x = tiny.inputs(family, "TTITTT")
+    length = x["input_ids"].shape[1]
+    with pytest.raises(ModaValueError, match="4-D attention mask"):
+        model(**(x | {"attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool).tril()}))
+    del x["attention_mask"]
+    packed = torch.cat([torch.arange(4), torch.arange(length - 4)])[None]
+    with pytest.raises(ModaValueError, match="packed rows"):
+        model(**x, position_ids=packed)
+
+
+def test_dropout_is_refused():
+    model = tiny.build()
+    moda_attn.apply(model)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    x = tiny.inputs("llava-llama", "TIT")
+    model.eval()(**x)
+    with pytest.raises(ModaValueError, match=r"attention dropout 0\.1"):
+        model.train()(**x, labels=x["input_ids"])
+
+
+def test_a_sliding_window_shorter_than_the_sequence_is_refused():
+    family = "llava-mistral"
+    x = tiny.inputs(family, ["TTITTT", "TIT"])
+    length = x["input_ids"].shape[1]
+    plain = tiny.build(family)
+    moda_attn.apply(plain)
+    expected = logits(plain, **x)
+    model = tiny.build(family)
+    model.model.language_model.config.sliding_window = length
+    moda_attn.apply(model)
+    assert torch.equal(logits(model, **x), expected)
+    with pytest.raises(ModaValueError, match=f"{length + 1} tokens exceed the sliding window of {length}"):
+        model.generate(**x, max_new_tokens=3, do_sample=False)
+    model.model.language_model.config.sliding_window = length - 1
+    with pytest.raises(ModaValueError, match="exceed the sliding window"):
+        model(**x)
+
+
+def test_tokens_whose_modality_is_unknown():
+    model = tiny.build()
+    moda_attn.apply(model)
+    x = tiny.inputs("llava-llama", "TTT")
+    embeds = model.get_input_embeddings()(x["input_ids"])
+    with pytest.raises(ModaValueError, match="give modality_ids"):
+        model(inputs_embeds=embeds)
+    with pytest.raises(ModaValueError, match="modality_ids has shape"):
+        model(inputs_embeds=embeds, modality_ids=torch.zeros(1, 2, dtype=torch.int64))
+    with pytest.raises(ModaValueError, match="modality"):
+        model(inputs_embeds=embeds, modality_ids=torch.full((1, 3), 2))
+    explicit = torch.zeros(1, 3, dtype=torch.int64)
+    expected = logits(model, **x)
+    assert torch.equal(logits(model, inputs_embeds=embeds, modality_ids=explicit), expected)
+    assert torch.equal(logits(model, inputs_embeds=embeds, mm_token_type_ids=explicit), expected)
+    with pytest.raises(ModaRuntimeError, match="not the decoder"):
+        model.model.language_model(inputs_embeds=embeds)
+
+
+def test_training_must_say_where_the_prompt_ends():
+    model = tiny.build().train()
+    x = tiny.inputs("llava-llama", "TIT")
+    moda_attn.apply(model)
+    with pytest.raises(ModaValueError, match="where the prompt ends"):
+        model(**x)
+    model(**x, labels=x["input_ids"])
+    model(**x, moda_context=torch.ones_like(x["input_ids"], dtype=torch.bool))
+    with pytest.raises(ModaValueError, match="moda_context"):
+        model(**x, moda_context=torch.ones(1, 2, dtype=torch.bool))
+
+
+def test_the_core_can_be_called_alone():
+    model = tiny.build()
+    moda_attn.apply(model)
+    tiny.randomise(model)
+    x = tiny.inputs("llava-llama", ["TTITTT", "TIT"])
+    with torch.no_grad():
+        hidden = model.model(**x).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), model(**x).logits)
