@@ -3,7 +3,8 @@
 mod common;
 
 use common::{
-    AlignCase, AlignOptions, AttendCase, AttendOptions, Rng, assert_close, assert_close_for_size, assert_each_close, tolerance,
+    AlignCase, AlignOptions, AttendCase, AttendOptions, Rng, assert_close, assert_close_for_size, assert_each_close,
+    tolerance,
 };
 use half::{bf16, f16};
 use moda_attn::cpu::{self, CpuReal, Exec};

@@ -36,14 +36,14 @@ _SCHEMAS = {
         " -> (Tensor d_decay, Tensor d_base)"
     ),
     "modular_attention": (
-        "(Tensor query, Tensor key, Tensor value, Tensor modality, Tensor? query_modality, bool is_causal, float? scale,"
-        " Tensor? sink, Tensor? modality_bias, str combine, bool return_mass)"
+        "(Tensor query, Tensor key, Tensor value, Tensor modality, Tensor? query_modality, bool is_causal,"
+        " float? scale, Tensor? sink, Tensor? modality_bias, str combine, bool return_mass)"
         " -> (Tensor out, Tensor logsumexp, Tensor parts, Tensor mass)"
     ),
     "modular_attention_backward": (
-        "(Tensor query, Tensor key, Tensor value, Tensor modality, Tensor? query_modality, bool is_causal, float? scale,"
-        " Tensor? sink, Tensor? modality_bias, str combine, Tensor d_out, Tensor out, Tensor logsumexp, Tensor parts,"
-        " bool needs_sink, bool needs_bias)"
+        "(Tensor query, Tensor key, Tensor value, Tensor modality, Tensor? query_modality, bool is_causal,"
+        " float? scale, Tensor? sink, Tensor? modality_bias, str combine, Tensor d_out, Tensor out, Tensor logsumexp,"
+        " Tensor parts, bool needs_sink, bool needs_bias)"
         " -> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_sink, Tensor d_bias)"
     ),
 }
@@ -62,7 +62,9 @@ def _absent(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=_arithmetic(like.dtype))
 
 
-# Duplex alignment. Shapes are composed so that no input makes them fail: the extension's complaint comes first.
+# Duplex alignment. Here and below a kernel takes its schema's arguments as they come and hands them on; the function
+# that makes the results is the fake kernel too. Shapes are composed so that no input makes them fail: the extension's
+# complaint comes first.
 
 
 def _align_outputs(
@@ -82,21 +84,10 @@ def _align_outputs(
     return key.new_empty(key.shape), key.new_empty(shape, dtype=_arithmetic(key.dtype))
 
 
-def _align(
-    key: Tensor,
-    value: Tensor,
-    modality: Tensor,
-    keep: Tensor,
-    mix: Tensor,
-    kind: str,
-    context: Tensor | None,
-    basis: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    aligned, computed = _align_outputs(key, value, modality, keep, mix, kind, context, basis, eps)
-    to_write = computed if basis is None else None
-    threads = torch.get_num_threads()
-    _native.align_forward(key, value, modality, keep, mix, kind, context, basis, eps, aligned, to_write, threads)
+def _align(*inputs: Any) -> tuple[Tensor, Tensor]:
+    aligned, computed = _align_outputs(*inputs)
+    basis = inputs[7]
+    _native.align_forward(*inputs, aligned, computed if basis is None else None, torch.get_num_threads())
     return aligned, computed
 
 
@@ -120,23 +111,10 @@ def _align_gradients(
     return key.new_empty(key.shape), value.new_empty(value.shape), d_keep, d_mix, given
 
 
-def _align_backward(
-    key: Tensor,
-    value: Tensor,
-    modality: Tensor,
-    keep: Tensor,
-    mix: Tensor,
-    kind: str,
-    context: Tensor | None,
-    basis: Tensor,
-    computed: bool,
-    eps: float,
-    d_aligned: Tensor,
-    d_basis: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (key, value, modality, keep, mix, kind, context, basis, computed, eps, d_aligned, d_basis)
+def _align_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = _align_gradients(*inputs)
     *others, given = gradients
+    computed = inputs[8]
     _native.align_backward(*inputs, *others, None if computed else given, torch.get_num_threads())
     return gradients
 
@@ -172,9 +150,9 @@ def _sink_outputs(position: Tensor, query_modality: Tensor, span: int, decay: Te
     return decay.new_empty((*position.shape[:1], *decay.shape[1:2], *position.shape[1:2]))
 
 
-def _sink(position: Tensor, query_modality: Tensor, span: int, decay: Tensor, base: Tensor) -> Tensor:
-    sink = _sink_outputs(position, query_modality, span, decay, base)
-    _native.sink_forward(position, query_modality, span, decay, base, sink)
+def _sink(*inputs: Any) -> Tensor:
+    sink = _sink_outputs(*inputs)
+    _native.sink_forward(*inputs, sink)
     return sink
 
 
@@ -184,11 +162,9 @@ def _sink_gradients(
     return decay.new_empty(decay.shape), base.new_empty(base.shape)
 
 
-def _sink_backward(
-    position: Tensor, query_modality: Tensor, span: int, decay: Tensor, base: Tensor, d_sink: Tensor
-) -> tuple[Tensor, Tensor]:
-    gradients = _sink_gradients(position, query_modality, span, decay, base, d_sink)
-    _native.sink_backward(position, query_modality, span, decay, base, d_sink, *gradients)
+def _sink_backward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    gradients = _sink_gradients(*inputs)
+    _native.sink_backward(*inputs, *gradients)
     return gradients
 
 
@@ -231,24 +207,12 @@ def _attention_outputs(
     )
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    modality: Tensor,
-    query_modality: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    sink: Tensor | None,
-    modality_bias: Tensor | None,
-    combine: str,
-    return_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (query, key, value, modality, query_modality, is_causal, scale, sink, modality_bias, combine)
-    outputs = _attention_outputs(*inputs, return_mass)
+def _attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _attention_outputs(*inputs)
     out, logsumexp, parts, mass = outputs
-    wanted = (parts if combine == "split" else None, mass if return_mass else None)
-    _native.attend_forward(*inputs, out, logsumexp, *wanted, torch.get_num_threads())
+    *problem, return_mass = inputs
+    wanted = (parts if problem[-1] == "split" else None, mass if return_mass else None)
+    _native.attend_forward(*problem, out, logsumexp, *wanted, torch.get_num_threads())
     return outputs
 
 
@@ -280,31 +244,13 @@ def _attention_gradients(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), d_sink, d_bias
 
 
-def _attention_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    modality: Tensor,
-    query_modality: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    sink: Tensor | None,
-    modality_bias: Tensor | None,
-    combine: str,
-    d_out: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    parts: Tensor,
-    needs_sink: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (query, key, value, modality, query_modality, is_causal, scale, sink, modality_bias, combine)
-    upstream = (d_out, out, logsumexp, parts)
-    gradients = _attention_gradients(*inputs, *upstream, needs_sink, needs_bias)
+def _attention_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = _attention_gradients(*inputs)
     d_query, d_key, d_value, d_sink, d_bias = gradients
+    *problem, d_out, out, logsumexp, parts, needs_sink, needs_bias = inputs
+    given = (d_out, out, logsumexp, parts if problem[-1] == "split" else None)
     wanted = (d_sink if needs_sink else None, d_bias if needs_bias else None)
-    given = (d_out, out, logsumexp, parts if combine == "split" else None)
-    _native.attend_backward(*inputs, *given, d_query, d_key, d_value, *wanted, torch.get_num_threads())
+    _native.attend_backward(*problem, *given, d_query, d_key, d_value, *wanted, torch.get_num_threads())
     return gradients
 
 

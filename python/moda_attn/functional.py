@@ -163,8 +163,8 @@ def modular_attention(
             keys; float32 (float64 for float64 queries). Default: no pseudo-scores.
         modality_bias: (B|1, Hq|1, M, M), [query modality, key modality], added to the scores; -inf forbids that pair.
             The sink's dtype. Ids must lie below its M.
-        combine: ``"joint"``, one softmax over the row (equation 9), or ``"split"``, one over the keys of the query's own
-            modality and one over the others, each with its own sink, whose outputs add (equations 7 and 8).
+        combine: ``"joint"``, one softmax over the row (equation 9), or ``"split"``, one over the keys of the query's
+            own modality and one over the others, each with its own sink, whose outputs add (equations 7 and 8).
         return_mass: also return where the attention went.
 
     Returns:

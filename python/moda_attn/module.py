@@ -51,6 +51,8 @@ class ModaAttention(nn.Module):
         if head_dim is None and embed_dim % num_heads:
             raise ModaValueError(f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}: give head_dim")
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        if head_dim < 1 or (rope_theta is not None and head_dim % 2):
+            raise ModaValueError(f"head_dim {head_dim}; wanted 1 or more, and even with a rotary embedding")
         projections = {
             "q_proj": nn.Linear(embed_dim, num_heads * head_dim, bias=bias),
             "k_proj": nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias),
@@ -63,8 +65,6 @@ class ModaAttention(nn.Module):
     def _assemble(
         self, projections: dict[str, nn.Module], layer: ModaLayer, head_dim: int, rope_theta: float | None
     ) -> None:
-        if head_dim < 1 or (rope_theta is not None and head_dim % 2):
-            raise ModaValueError(f"head_dim {head_dim}; wanted 1 or more, and even with a rotary embedding")
         super().__init__()
         self.head_dim = head_dim
         self.scale = head_dim**-0.5

@@ -9,6 +9,15 @@ use super::CpuReal;
 use crate::dtype::{DType, Element};
 use half::{bf16, f16};
 
+/// What runs inside [`Simd::vectorize`]. A trait and not a closure, since only a method can be `#[inline(always)]`: a
+/// closure of any size would stay a function of its own, without the instructions.
+pub trait Task {
+    /// What it returns.
+    type Output;
+    /// Runs it. Implementations are `#[inline(always)]`, and so is every function with vectors that they call.
+    fn run(self) -> Self::Output;
+}
+
 /// Vectors of one instruction set.
 #[allow(clippy::missing_safety_doc, reason = "the pointer methods share one contract, in the comment above them")]
 pub trait Simd: Copy + Send + Sync + 'static {
@@ -21,8 +30,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Rows of the register block of the matrix product: `TALL` rows of two vectors use the register file up.
     const TALL: usize;
 
-    /// Runs `f` with the instructions enabled; whatever is inlined into `f` is compiled for them.
-    fn vectorize<R>(self, f: impl FnOnce() -> R) -> R;
+    /// Runs a task with the instructions enabled; whatever is inlined into [`Task::run`] is compiled for them.
+    fn vectorize<K: Task>(self, task: K) -> K::Output;
 
     /// Every lane the same.
     fn splat(self, value: Self::Real) -> Self::Vector;

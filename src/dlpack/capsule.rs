@@ -70,8 +70,7 @@ fn open(capsule: &Bound<'_, PyAny>) -> PyResult<Taken> {
     let (py, pointer) = (capsule.py(), capsule.as_ptr());
     // SAFETY: the GIL is held; any object may be asked, and a wrong one is simply not valid.
     let versioned = unsafe { ffi::PyCapsule_IsValid(pointer, CAPSULE_VERSIONED.as_ptr()) } == 1;
-    let (name, used) =
-        if versioned { (CAPSULE_VERSIONED, CAPSULE_VERSIONED_USED) } else { (CAPSULE, CAPSULE_USED) };
+    let (name, used) = if versioned { (CAPSULE_VERSIONED, CAPSULE_VERSIONED_USED) } else { (CAPSULE, CAPSULE_USED) };
     // SAFETY: the GIL is held; a capsule of another name, or no capsule at all, gives null and sets an exception.
     let managed = unsafe { ffi::PyCapsule_GetPointer(pointer, name.as_ptr()) };
     let managed = NonNull::new(managed).ok_or_else(|| PyErr::fetch(py))?;

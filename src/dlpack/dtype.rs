@@ -85,9 +85,9 @@ mod tests {
     #[test]
     fn every_dtype_survives_the_round_trip() {
         use DType::*;
-        for dtype in [
-            Bool, Int8, Int16, Int32, Int64, UInt8, UInt16, UInt32, UInt64, Float16, BFloat16, Float32, Float64,
-        ] {
+        for dtype in
+            [Bool, Int8, Int16, Int32, Int64, UInt8, UInt16, UInt32, UInt64, Float16, BFloat16, Float32, Float64]
+        {
             assert_eq!(decode(encode(dtype)), Ok(dtype));
         }
     }

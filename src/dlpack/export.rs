@@ -1,9 +1,7 @@
 //! Our own memory on its way out: a shared buffer, handed out as managed tensors whose deleter lets go of it once.
 
-use super::structs::{
-    CAPSULE, CAPSULE_VERSIONED, CPU, Device, Managed, ManagedVersioned, Tensor, VERSION,
-};
 use super::dtype::encode;
+use super::structs::{CAPSULE, CAPSULE_VERSIONED, CPU, Device, Managed, ManagedVersioned, Tensor, VERSION};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::{count, print_shape};

@@ -162,7 +162,8 @@ impl Description {
             Error::DType { argument, given, wanted }
         })?;
         let shape: Option<Vec<usize>> = self.shape.iter().map(|&size| usize::try_from(size).ok()).collect();
-        let elements = shape.as_ref().and_then(|shape| count(shape)).filter(|&n| n <= isize::MAX as usize / dtype.size());
+        let elements =
+            shape.as_ref().and_then(|shape| count(shape)).filter(|&n| n <= isize::MAX as usize / dtype.size());
         let (Some(shape), Some(elements)) = (shape, elements) else {
             let wanted = "sizes >= 0 whose product fits in memory";
             return Err(Error::Shape { argument, given: format!("{:?}", self.shape), wanted: wanted.to_owned() });

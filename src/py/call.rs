@@ -14,7 +14,9 @@ pub(super) fn compute<R: Send>(py: Python<'_>, work: impl FnOnce() -> Result<R> 
 
 fn message(panic: &(dyn Any + Send)) -> String {
     let literal = panic.downcast_ref::<&str>().map(|&text| text.to_owned());
-    literal.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without a message".to_owned())
+    literal
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a message".to_owned())
 }
 
 /// Calls a generic function with the storage type that a floating dtype names.

@@ -112,3 +112,46 @@ pub(super) fn write_matrix<T: Element>(target: &mut [T], rows: &Matrix<T::Acc>) 
         *target = T::narrow(value);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_by_hand() {
+        let a = vec![vec![1.0, 2.0], vec![3.0, 4.0]];
+        assert_eq!(row_times(&[1.0, 10.0], &a), [31.0, 42.0]);
+        assert_eq!(row_times_transposed(&[1.0, 10.0], &a), [21.0, 43.0]);
+        assert_eq!(product(&a, &a), [[7.0, 10.0], [15.0, 22.0]]);
+        assert_eq!(product_transposed(&a, &a), [[5.0, 11.0], [11.0, 25.0]]);
+        let mut sum = a.clone();
+        add_outer(&mut sum, &[1.0, 2.0], &[10.0, 20.0]);
+        add_matrix(&mut sum, &a);
+        assert_eq!(sum, [[12.0, 24.0], [26.0, 48.0]]);
+    }
+
+    #[test]
+    fn a_unit_vector_moves_only_across_itself() {
+        let (unit, norm) = normalised(&[3.0f64, 4.0]);
+        assert_eq!((unit.as_slice(), norm), (&[0.6, 0.8][..], 5.0));
+        let along = normalised_backward(&unit, norm, &[0.6, 0.8]);
+        assert!(along.iter().all(|x| x.abs() < 1e-16));
+        let across = normalised_backward(&unit, norm, &[-0.8, 0.6]);
+        assert!((across[0] + 0.16).abs() < 1e-16 && (across[1] - 0.12).abs() < 1e-16);
+    }
+
+    #[test]
+    fn a_zero_vector_stays_zero_and_still() {
+        let (unit, norm) = normalised(&[0.0, 0.0]);
+        assert_eq!((unit.as_slice(), norm), (&[0.0, 0.0][..], 0.0));
+        assert_eq!(normalised_backward(&unit, norm, &[1.0, 2.0]), [0.0, 0.0]);
+    }
+
+    #[test]
+    fn a_block_is_what_lies_under_its_index() {
+        let mut data: Vec<i32> = (0..12).collect();
+        let mut tensor = ViewMut::from_slice(&mut data, [2, 3, 2]);
+        assert_eq!(block(&mut tensor, [1, 2]), [10, 11]);
+        assert_eq!(block(&mut tensor, [1]), [6, 7, 8, 9, 10, 11]);
+    }
+}

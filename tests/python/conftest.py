@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+# Tiny models gain nothing from threads, and on a busy machine threads that wait for each other take minutes. Tests of
+# the number of threads set it themselves.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -126,6 +126,7 @@ def test_beam_search_keeps_each_beam_its_own_state():
         num_return_sequences=4,
         do_sample=False,
         length_penalty=0.0,
+        suppress_tokens=[tiny.IMAGE],
         output_scores=True,
         return_dict_in_generate=True,
     )
@@ -282,6 +283,21 @@ def test_a_cache_survives_crop_and_reset():
         cache.reset()
         model(**x, past_key_values=cache)
         assert torch.equal(model(input_ids=token, past_key_values=cache).logits, expected)
+
+
+def test_a_later_turn_is_aligned_with_the_prompts_bases():
+    """Several text tokens at once on a filled cache equal the same tokens one at a time; late images are refused."""
+    model = patched()
+    x = tiny.inputs("llava-llama", ["TTITTT"])
+    turn = torch.tensor([[5, 6, 7, 8]])
+    expected = step_by_step(model, x, turn)
+    with torch.no_grad():
+        out = model(**x, use_cache=True)
+        cache = out.past_key_values
+        later = model(input_ids=turn, past_key_values=cache).logits
+    assert difference(torch.cat([out.logits[:, -1:], later[:, :-1]], dim=1), expected) < TOLERANCE
+    with pytest.raises(ModaValueError, match="images in a call on a cache of 13 tokens"):
+        model(**x, past_key_values=cache)
 
 
 def test_a_chunked_prefill_is_refused():

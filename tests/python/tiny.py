@@ -57,10 +57,10 @@ def _template(family: str) -> nn.Module:
         # Weights of the usual size give flat attention: nothing that goes wrong in it would show in the logits.
         for name, weight in model.named_parameters():
             if "self_attn" in name and "language_model" in name:
-                weight.mul_(25.0 if "q_proj" in name or "k_proj" in name else 12.0)
+                weight.mul_(15.0 if "q_proj" in name or "k_proj" in name else 8.0)
             elif "language_model" in name and weight.dim() == 2:
                 weight.mul_(6.0)
-        model.lm_head.weight.mul_(8.0)
+        model.lm_head.weight.mul_(5.0)
     return model.eval()
 
 

@@ -81,7 +81,16 @@ def _refuse_packed_rows(arguments: Mapping[str, Any]) -> None:
     if positions is None or arguments.get("attention_mask") is not None or torch.compiler.is_compiling():
         return
     if past_length(arguments.get("past_key_values")) == 0 and (positions.diff(dim=-1) != 1).any():
-        raise ModaValueError("position_ids that do not rise by one, without attention_mask: packed rows are not supported")
+        raise ModaValueError("position_ids do not rise by one, and no attention_mask: packed rows are not supported")
+
+
+def refuse_late_images(arguments: Mapping[str, Any]) -> None:
+    """Raise where images arrive on a cache that holds a prompt: the bases are those of the first call."""
+    length = past_length(arguments.get("past_key_values"))
+    if _has_images(arguments) and isinstance(length, int) and length:
+        raise ModaValueError(
+            f"images in a call on a cache of {length} tokens: give the whole prompt in one call with an empty cache"
+        )
 
 
 def _has_images(arguments: Mapping[str, Any]) -> bool:

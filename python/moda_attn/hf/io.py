@@ -31,6 +31,9 @@ def save_pretrained(model: nn.Module, path: str | Path) -> None:
     runtime = runtime_of(model)
     if runtime is None or runtime.config is None:
         raise ModaValueError(f"{type(model).__name__} is not patched; nothing to save")
+    weights = {name: tensor.detach().contiguous() for name, tensor in _weights(model).items()}
+    if any(tensor.is_meta for tensor in weights.values()):
+        raise ModaValueError("the weights are offloaded; bring them back before saving")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -40,7 +43,6 @@ def save_pretrained(model: nn.Module, path: str | Path) -> None:
         "config": runtime.config.to_dict(),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
-    weights = {name: tensor.detach().contiguous() for name, tensor in _weights(model).items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 

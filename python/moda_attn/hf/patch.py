@@ -54,7 +54,8 @@ def apply(model: nn.Module, config: ModaConfig | None = None, *, attention: str 
     Load the pretrained weights first. The patched model takes three more keyword arguments in forward:
     ``modality_ids`` (B, N), needed with ``inputs_embeds``; ``mm_token_type_ids``, the same; and ``moda_context``
     (B, N) bool, the tokens that may feed a basis. With ``context="prompt"`` a training step must give ``labels`` or
-    ``moda_context``; any other call without a cache takes all its tokens for the prompt.
+    ``moda_context``; any other call takes all its tokens for the prompt. A call on a cache that holds a prompt uses
+    that prompt's bases: a later text turn is aligned with them, later images are refused.
 
     Args:
         model: of a supported family.

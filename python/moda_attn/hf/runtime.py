@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaValueError
-from .ids import OWN_ARGUMENTS, describe_call
+from .ids import OWN_ARGUMENTS, describe_call, refuse_late_images
 from .registry import Family
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Runtime:
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if name in kwargs}
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
         arguments = {**inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments, **kwargs, **own}
+        if self.config is not None and self.config.needs_basis:
+            refuse_late_images(arguments)
         call = describe_call(
             arguments,
             self.image_token,

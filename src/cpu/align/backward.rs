@@ -8,7 +8,7 @@ use super::basis::{Sizes, mixed, normalise, sum_of_others, tiles, transposed, un
 use crate::cpu::buffer::Buffer;
 use crate::cpu::kernel::gemm::{Left, Right, Size, gemm};
 use crate::cpu::kernel::pack;
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Simd, Task};
 use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
@@ -34,7 +34,7 @@ where
     let sizes = Sizes::new(s, problem);
     let heads = sizes.batch * sizes.heads;
     let tasks = heads.min(TASKS);
-    let parameters = Parameters::new(s, problem, &sizes)?;
+    let parameters = Parameters::new(problem, &sizes)?;
     let all = sizes.modalities * sizes.square();
     let partial = Partial { sums: Buffer::new(tasks * 2 * all, "partial gradients of keep and mix")?, size: all };
     {
@@ -43,10 +43,8 @@ where
         let mut workers = (0..threads.min(tasks)).map(worker).collect::<Result<Vec<_>>>()?;
         parallel::run(&mut workers, tasks, |worker, task| {
             for head in (task..heads).step_by(tasks) {
-                s.vectorize(|| {
-                    let sums = [0, 1].map(|which| partial.slot(task, which));
-                    worker.head([head / sizes.heads, head % sizes.heads], sums);
-                });
+                let head = [head / sizes.heads, head % sizes.heads];
+                s.vectorize(HeadTask { worker, head, sums: [0, 1].map(|which| partial.slot(task, which)) });
             }
         });
     }
@@ -84,17 +82,31 @@ struct Parameters<R: Real> {
 }
 
 impl<R: CpuReal> Parameters<R> {
-    fn new<S: Simd<Real = R>, T: Element<Acc = R>>(s: S, problem: &AlignProblem<'_, T>, sizes: &Sizes) -> Result<Self> {
+    fn new<T: Element<Acc = R>>(problem: &AlignProblem<'_, T>, sizes: &Sizes) -> Result<Self> {
         let squares = || sizes.squares("packed parameters");
         let (mut keep, mut mix, mut keep_transposed, mut mix_transposed) =
             (squares()?, squares()?, squares()?, squares()?);
-        s.vectorize(|| {
-            tiles(s, &problem.keep, sizes, &mut keep);
-            tiles(s, &problem.mix, sizes, &mut mix);
-            transposed(s, sizes, &keep, &mut keep_transposed);
-            transposed(s, sizes, &mix, &mut mix_transposed);
-        });
+        tiles(&problem.keep, sizes, &mut keep);
+        tiles(&problem.mix, sizes, &mut mix);
+        transposed(sizes, &keep, &mut keep_transposed);
+        transposed(sizes, &mix, &mut mix_transposed);
         Ok(Self { keep_transposed, mix, mix_transposed })
+    }
+}
+
+/// One head; its d keep and d mix are added to `sums`.
+struct HeadTask<'w, 'a, S: Simd, T: Element<Acc = S::Real>> {
+    worker: &'w mut Worker<'a, S, T>,
+    head: [usize; 2],
+    sums: [*mut S::Real; 2],
+}
+
+impl<S: Simd, T: Element<Acc = S::Real>> Task for HeadTask<'_, '_, S, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.worker.head(self.head, self.sums);
     }
 }
 
@@ -170,7 +182,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
     fn head(&mut self, head: [usize; 2], [d_keep, d_mix]: [*mut S::Real; 2]) {
         let (s, sizes, problem) = (self.s, self.sizes, self.problem);
         let basis = problem.basis.expect("backward is given the basis that forward used");
-        tiles(s, &basis.index(head), &sizes, &mut self.bases);
+        tiles(&basis.index(head), &sizes, &mut self.bases);
         normalise(s, &sizes, &mut self.bases, &mut self.norms);
         self.d_maps.fill(S::Real::ZERO);
         self.d_bases.fill(S::Real::ZERO);
@@ -178,37 +190,35 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             let at = a * sizes.square();
             sum_of_others(s, &sizes, &self.bases, a, &mut self.others);
             mixed(s, &sizes, (&self.others, &raw const self.parameters.mix[at]), &raw mut self.maps[at]);
-            self.tokens_of(head, a as i32, |worker, head| worker.sum_maps(head, a, d_keep));
+            self.tokens_of(head, a as i32, Pass::Maps(d_keep));
             self.through_map(a, d_mix);
         }
-        transposed(s, &sizes, &self.maps, &mut self.maps_transposed);
+        transposed(&sizes, &self.maps, &mut self.maps_transposed);
         self.through_norm(head);
-        transposed(s, &sizes, &self.d_bases, &mut self.d_bases_transposed);
+        transposed(&sizes, &self.d_bases, &mut self.d_bases_transposed);
         for a in PADDING..sizes.modalities as i32 {
-            self.tokens_of(head, a, Self::token_gradients);
+            self.tokens_of(head, a, Pass::Tokens);
         }
     }
 
-    /// Runs `tile` over the tokens of one modality, a tile at a time, those that feed the basis apart from the others.
+    /// One pass over the tokens of one modality, a tile at a time, those that feed the basis apart from the others.
     #[inline(always)]
-    fn tokens_of(&mut self, [b, h]: [usize; 2], a: i32, tile: impl Fn(&mut Self, Tokens)) {
+    fn tokens_of(&mut self, [b, h]: [usize; 2], a: i32, pass: Pass<S::Real>) {
         let (ids, sources) = (self.problem.modality.row(b), self.problem.sources.row(b));
         for feeds in [true, false] {
             let tokens = Tokens { head: [b, h], modality: a, feeds: feeds && self.upstream.computed };
-            for (token, (&id, &source)) in ids.iter().zip(sources).enumerate() {
-                if id == a && (source != PADDING) == feeds {
-                    self.tokens.push(token);
-                }
-                if self.tokens.len() == TOKENS {
-                    self.take(tokens);
-                    tile(self, tokens);
-                    self.tokens.clear();
-                }
-            }
-            if !self.tokens.is_empty() {
-                self.take(tokens);
-                tile(self, tokens);
+            let mut chosen = (0..ids.len()).filter(|&j| ids[j] == a && (sources[j] != PADDING) == feeds);
+            loop {
                 self.tokens.clear();
+                self.tokens.extend(chosen.by_ref().take(TOKENS));
+                if self.tokens.is_empty() {
+                    break;
+                }
+                self.take(tokens);
+                match pass {
+                    Pass::Maps(d_keep) => self.sum_maps(a as usize, d_keep),
+                    Pass::Tokens => self.token_gradients(tokens),
+                }
             }
         }
     }
@@ -217,22 +227,14 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
     #[inline(always)]
     fn take(&mut self, Tokens { head: [b, h], modality, feeds }: Tokens) {
         let (s, sizes, problem) = (self.s, self.sizes, self.problem);
-        let fetch = |view: &View<'_, T, 4>, tile: &mut Buffer<S::Real>, tokens: &[usize]| {
-            for (row, &token) in tokens.iter().enumerate() {
-                // SAFETY: a tile has a row for each of at most `TOKENS` tokens.
-                unsafe {
-                    let target = tile.as_mut_ptr().add(row * sizes.stride);
-                    pack::row(s, view, [b, h, token], S::Real::ONE, target);
-                }
-            }
-        };
-        fetch(&self.upstream.aligned, &mut self.d_aligned, &self.tokens);
+        let tokens = &self.tokens;
+        fetch(s, (&self.upstream.aligned, [b, h]), tokens, &sizes, &mut self.d_aligned);
         if modality == PADDING {
             return;
         }
-        fetch(&problem.key, &mut self.key, &self.tokens);
+        fetch(s, (&problem.key, [b, h]), tokens, &sizes, &mut self.key);
         if feeds && problem.kind == Basis::Covariance {
-            fetch(&problem.value, &mut self.value, &self.tokens);
+            fetch(s, (&problem.value, [b, h]), tokens, &sizes, &mut self.value);
         }
         let count = self.tokens.len();
         // SAFETY: `count` rows of both tiles.
@@ -244,7 +246,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
 
     /// d keep += kᵀ dk', dX += k^ᵀ dk'.
     #[inline(always)]
-    fn sum_maps(&mut self, _: Tokens, a: usize, d_keep: *mut S::Real) {
+    fn sum_maps(&mut self, a: usize, d_keep: *mut S::Real) {
         let (s, sizes) = (self.s, self.sizes);
         let size = Size { rows: sizes.depth, vectors: sizes.vectors, depth: self.tokens.len() };
         let right = Right::rows(s, self.d_aligned.as_ptr(), sizes.stride);
@@ -360,6 +362,33 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             }
         }
     }
+}
+
+/// Some tokens of a head into a tile.
+#[inline(always)]
+fn fetch<S: Simd, T: Element<Acc = S::Real>>(
+    s: S,
+    (view, [b, h]): (&View<'_, T, 4>, [usize; 2]),
+    tokens: &[usize],
+    sizes: &Sizes,
+    tile: &mut Buffer<S::Real>,
+) {
+    for (row, &token) in tokens.iter().enumerate() {
+        // SAFETY: a tile has a row for each of at most `TOKENS` tokens.
+        unsafe {
+            let target = tile.as_mut_ptr().add(row * sizes.stride);
+            pack::row(s, view, [b, h, token], S::Real::ONE, target);
+        }
+    }
+}
+
+/// What a pass over the tokens does with a tile.
+#[derive(Debug, Clone, Copy)]
+enum Pass<R> {
+    /// Sums d keep, to the square tiles here, and dX.
+    Maps(*mut R),
+    /// Writes dk and dv.
+    Tokens,
 }
 
 /// The tokens of a tile: all of one modality, all feeding a basis or none.

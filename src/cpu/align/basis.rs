@@ -71,23 +71,24 @@ impl Sizes {
 }
 
 /// A parameter, or the bases of one head, (M, D, D), into square tiles.
-#[inline(always)]
-pub(super) fn tiles<S: Simd>(s: S, view: &View<'_, S::Real, 3>, sizes: &Sizes, tiles: &mut Buffer<S::Real>) {
-    let rows = view.with_first();
+pub(super) fn tiles<R: Real>(view: &View<'_, R, 3>, sizes: &Sizes, tiles: &mut Buffer<R>) {
+    let contiguous = view.strides()[2] == 1;
     for m in 0..sizes.modalities {
         for r in 0..sizes.depth {
-            // SAFETY: row r of tile m.
-            unsafe {
-                let target = tiles.as_mut_ptr().add(m * sizes.square() + r * sizes.stride);
-                pack::row(s, &rows, [0, m, r], S::Real::ONE, target);
+            let row = &mut tiles[m * sizes.square() + r * sizes.stride..][..sizes.depth];
+            if contiguous {
+                // SAFETY: row r of tile m of a view whose columns lie side by side.
+                let source = unsafe { std::slice::from_raw_parts(view.pointer_at([m, r, 0]), sizes.depth) };
+                row.copy_from_slice(source);
+            } else {
+                row.iter_mut().enumerate().for_each(|(c, entry)| *entry = view.get([m, r, c]));
             }
         }
     }
 }
 
 /// The transpose of every square tile.
-#[inline(always)]
-pub(super) fn transposed<S: Simd>(_: S, sizes: &Sizes, source: &Buffer<S::Real>, target: &mut Buffer<S::Real>) {
+pub(super) fn transposed<R: Real>(sizes: &Sizes, source: &Buffer<R>, target: &mut Buffer<R>) {
     for m in 0..sizes.modalities {
         let (source, target) = (&source[m * sizes.square()..], &mut target[m * sizes.square()..]);
         for r in 0..sizes.depth {

@@ -5,7 +5,7 @@ use super::basis::{Accumulator, Sizes, mixed, normalise, sum_of_others, tiles, u
 use crate::cpu::buffer::Buffer;
 use crate::cpu::kernel::gemm::{Right, gemm};
 use crate::cpu::kernel::pack;
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Simd, Task};
 use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
@@ -26,17 +26,33 @@ where
     let tasks = sizes.batch * sizes.heads;
     let mut parameters = [sizes.squares("packed parameters")?, sizes.squares("packed parameters")?];
     for (view, target) in [problem.keep, problem.mix].iter().zip(&mut parameters) {
-        s.vectorize(|| tiles(s, view, &sizes, target));
+        tiles(view, &sizes, target);
     }
     let worker = |_| Worker::new(s, problem, sizes, &parameters);
     let mut workers = (0..threads.min(tasks)).map(worker).collect::<Result<Vec<_>>>()?;
     let outputs = &*outputs;
     parallel::run(&mut workers, tasks, |worker, task| {
         let head = [task / sizes.heads, task % sizes.heads];
-        s.vectorize(|| worker.prepare(head, outputs));
-        s.vectorize(|| worker.align(head, outputs));
+        s.vectorize(HeadTask { worker, head, outputs });
     });
     Ok(())
+}
+
+/// One head.
+struct HeadTask<'w, 'a, S: Simd, T: Element<Acc = S::Real>> {
+    worker: &'w mut Worker<'a, S, T>,
+    head: [usize; 2],
+    outputs: &'w AlignOutputs<'a, T>,
+}
+
+impl<S: Simd, T: Element<Acc = S::Real>> Task for HeadTask<'_, '_, S, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.worker.prepare(self.head, self.outputs);
+        self.worker.align(self.head, self.outputs);
+    }
 }
 
 struct Worker<'a, S: Simd, T: Element<Acc = S::Real>> {
@@ -84,7 +100,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
     fn prepare(&mut self, head: [usize; 2], outputs: &AlignOutputs<'_, T>) {
         let (s, sizes) = (self.s, self.sizes);
         match &self.problem.basis {
-            Some(basis) => tiles(s, &basis.index(head), &sizes, &mut self.bases),
+            Some(basis) => tiles(&basis.index(head), &sizes, &mut self.bases),
             None => self.accumulator.bases(self.problem, head, &mut self.bases),
         }
         if let (Some(basis), None) = (&outputs.basis, &self.problem.basis) {

@@ -12,7 +12,7 @@ use crate::cpu::kernel::exp2::{exp2, exp2_one};
 use crate::cpu::kernel::gemm::{Left, Right, Size, Target, gemm};
 use crate::cpu::kernel::pack;
 use crate::cpu::kernel::softmax::{clear, split_sum};
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Simd, Task};
 use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
@@ -56,18 +56,16 @@ where
     parallel::run(&mut workers, tasks, |worker, task| {
         let (unit, share) = (task / shares, task % shares);
         let head = [unit / sizes.kv_heads, unit % sizes.kv_heads];
-        s.vectorize(|| worker.pack_keys(head));
         let first = share * heads;
-        for mut block in row_blocks(heads.min(sizes.group - first), sizes.queries) {
-            block.heads = block.heads.start + first..block.heads.end + first;
-            worker.rows(&block);
-        }
-        s.vectorize(|| if shares == 1 { worker.finish() } else { worker.leave(&partial, task) });
+        let queries = first..(first + heads).min(sizes.group);
+        let leave = (shares > 1).then_some((&partial, task));
+        s.vectorize(Share { worker, head, queries, leave });
     });
     if shares > 1 {
         parallel::run(&mut workers, units, |worker, unit| {
             let head = [unit / sizes.kv_heads, unit % sizes.kv_heads];
-            s.vectorize(|| worker.gather(&partial, unit * shares..(unit + 1) * shares, head));
+            let tasks = unit * shares..(unit + 1) * shares;
+            s.vectorize(Gather { worker, head, partial: &partial, tasks });
         });
     }
     Ok(())
@@ -83,6 +81,51 @@ impl<R: Real> Partial<R> {
     /// dK (0) or dV (1) of a task.
     fn slot(&self, task: usize, which: usize) -> *mut R {
         (&raw const self.sums[(2 * task + which) * self.tile]).cast_mut()
+    }
+}
+
+/// Some query heads of one key head.
+struct Share<'w, 'a, S: Simd, T: Element<Acc = S::Real>> {
+    worker: &'w mut Worker<'a, S, T>,
+    head: [usize; 2],
+    /// Query heads, counted inside the group.
+    queries: Range<usize>,
+    /// Where to leave the sums of dK and dV, if other tasks add to them.
+    leave: Option<(&'w Partial<S::Real>, usize)>,
+}
+
+impl<S: Simd, T: Element<Acc = S::Real>> Task for Share<'_, '_, S, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { worker, head, queries, leave } = self;
+        worker.pack_keys(head);
+        for mut block in row_blocks(queries.len(), worker.sizes.queries) {
+            block.heads = block.heads.start + queries.start..block.heads.end + queries.start;
+            worker.rows(&block);
+        }
+        match leave {
+            None => worker.finish(),
+            Some((partial, task)) => worker.leave(partial, task),
+        }
+    }
+}
+
+/// The sums of all tasks of one key head.
+struct Gather<'w, 'a, S: Simd, T: Element<Acc = S::Real>> {
+    worker: &'w mut Worker<'a, S, T>,
+    head: [usize; 2],
+    partial: &'w Partial<S::Real>,
+    tasks: Range<usize>,
+}
+
+impl<S: Simd, T: Element<Acc = S::Real>> Task for Gather<'_, '_, S, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.worker.gather(self.partial, self.tasks, self.head);
     }
 }
 
@@ -192,16 +235,16 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
     }
 
     /// All of one row block, for the packed key head.
+    #[inline(always)]
     fn rows(&mut self, block: &RowBlock) {
-        let s = self.s;
-        s.vectorize(|| self.pack_rows(block));
+        self.pack_rows(block);
         let most = self.infos.iter().map(|info| info.visible).max().unwrap_or(0);
         for key_block in 0..most.div_ceil(KEYS) {
             if self.contents[key_block] != Content::Uniform(PADDING) {
-                s.vectorize(|| self.key_block(key_block));
+                self.key_block(key_block);
             }
         }
-        s.vectorize(|| self.write_queries());
+        self.write_queries();
     }
 
     /// Queries, output gradients and closed softmaxes of the block; d sink falls out on the way.

@@ -8,7 +8,7 @@ use crate::cpu::kernel::exp2::exp2_one;
 use crate::cpu::kernel::gemm::{Left, Right, Size, Target, gemm};
 use crate::cpu::kernel::pack;
 use crate::cpu::kernel::softmax::{Running, Span, clear, softmax, split_sum};
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Simd, Task};
 use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
@@ -40,13 +40,31 @@ where
     let mut workers = (0..threads.min(tasks)).map(worker).collect::<Result<Vec<_>>>()?;
     parallel::run(&mut workers, tasks, |worker, task| {
         let (unit, share) = (task / shares, task % shares);
-        let [b, h] = [unit / sizes.kv_heads, unit % sizes.kv_heads];
-        s.vectorize(|| worker.pack_keys([b, h]));
-        for block in blocks.iter().skip(share).step_by(shares) {
-            worker.rows(block, outputs);
-        }
+        let head = [unit / sizes.kv_heads, unit % sizes.kv_heads];
+        s.vectorize(Share { worker, head, blocks: &blocks[share..], step: shares, outputs });
     });
     Ok(())
+}
+
+/// Every `step`-th row block of one key head.
+struct Share<'w, 'a, S: Simd, T: Element<Acc = S::Real>> {
+    worker: &'w mut Worker<'a, S, T>,
+    head: [usize; 2],
+    blocks: &'w [RowBlock],
+    step: usize,
+    outputs: &'w AttendOutputs<'a, T>,
+}
+
+impl<S: Simd, T: Element<Acc = S::Real>> Task for Share<'_, '_, S, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.worker.pack_keys(self.head);
+        for block in self.blocks.iter().step_by(self.step) {
+            self.worker.rows(block, self.outputs);
+        }
+    }
 }
 
 struct Worker<'a, S: Simd, T: Element<Acc = S::Real>> {
@@ -123,12 +141,12 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
     }
 
     /// All of one row block, for the packed key head.
+    #[inline(always)]
     fn rows(&mut self, block: &RowBlock, outputs: &AttendOutputs<'_, T>) {
-        let s = self.s;
         let [b, h] = self.packed.expect("keys are packed before rows");
-        s.vectorize(|| self.pack_queries(block, [b, h]));
+        self.pack_queries(block, [b, h]);
         for (index, &part) in Part::all(self.sizes.parts).iter().enumerate() {
-            s.vectorize(|| self.start([b, index]));
+            self.start([b, index]);
             let most = self.infos.iter().map(|info| info.visible).max().unwrap_or(0);
             for key_block in 0..most.div_ceil(KEYS) {
                 let admitted = |content: Content| match content {
@@ -136,10 +154,10 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
                     Content::Uniform(key) => self.infos.iter().any(|info| part.admits(info.row.modality, key)),
                 };
                 if admitted(self.contents[key_block]) {
-                    s.vectorize(|| self.key_block(b, key_block, part));
+                    self.key_block(b, key_block, part);
                 }
             }
-            s.vectorize(|| self.finish([b, index], outputs));
+            self.finish([b, index], outputs);
         }
     }
 

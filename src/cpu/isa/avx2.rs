@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: 8 float32 or 4 float64 a register, 16 registers.
 
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Simd, Task};
 use half::{bf16, f16};
 use std::arch::x86_64::{
     __m128i, __m256, __m256d, _CMP_UNORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_add_pd, _mm_add_ps,
@@ -47,8 +47,8 @@ impl<R> Avx2<R> {
 /// # Safety
 /// The CPU must have the instructions.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn with_instructions<O>(f: impl FnOnce() -> O) -> O {
-    f()
+unsafe fn with_instructions<K: Task>(task: K) -> K::Output {
+    task.run()
 }
 
 // SAFETY (every block of this file): the token proves the instructions; pointers are the callers' contract.
@@ -61,8 +61,8 @@ impl Simd for Avx2<f32> {
     const TALL: usize = 6;
 
     #[inline(always)]
-    fn vectorize<O>(self, f: impl FnOnce() -> O) -> O {
-        unsafe { with_instructions(f) }
+    fn vectorize<K: Task>(self, task: K) -> K::Output {
+        unsafe { with_instructions(task) }
     }
     #[inline(always)]
     fn splat(self, value: f32) -> __m256 {
@@ -173,8 +173,8 @@ impl Simd for Avx2<f64> {
     const TALL: usize = 6;
 
     #[inline(always)]
-    fn vectorize<O>(self, f: impl FnOnce() -> O) -> O {
-        unsafe { with_instructions(f) }
+    fn vectorize<K: Task>(self, task: K) -> K::Output {
+        unsafe { with_instructions(task) }
     }
     #[inline(always)]
     fn splat(self, value: f64) -> __m256d {

@@ -1,6 +1,6 @@
 //! AVX-512 (F, BW, DQ, VL): 16 float32 or 8 float64 a register, 32 registers.
 
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Simd, Task};
 use half::{bf16, f16};
 use std::arch::x86_64::{
     __m256i, __m512, __m512d, __mmask16, _CMP_UNORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
@@ -49,8 +49,8 @@ impl<R> Avx512<R> {
 /// # Safety
 /// The CPU must have the instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
-unsafe fn with_instructions<O>(f: impl FnOnce() -> O) -> O {
-    f()
+unsafe fn with_instructions<K: Task>(task: K) -> K::Output {
+    task.run()
 }
 
 /// Lanes 0 .. count of a 16-lane mask.
@@ -69,8 +69,8 @@ impl Simd for Avx512<f32> {
     const TALL: usize = 12;
 
     #[inline(always)]
-    fn vectorize<O>(self, f: impl FnOnce() -> O) -> O {
-        unsafe { with_instructions(f) }
+    fn vectorize<K: Task>(self, task: K) -> K::Output {
+        unsafe { with_instructions(task) }
     }
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
@@ -162,8 +162,8 @@ impl Simd for Avx512<f64> {
     const TALL: usize = 12;
 
     #[inline(always)]
-    fn vectorize<O>(self, f: impl FnOnce() -> O) -> O {
-        unsafe { with_instructions(f) }
+    fn vectorize<K: Task>(self, task: K) -> K::Output {
+        unsafe { with_instructions(task) }
     }
     #[inline(always)]
     fn splat(self, value: f64) -> __m512d {

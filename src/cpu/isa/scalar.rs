@@ -1,7 +1,7 @@
 //! Plain Rust: runs on any machine, and is what a machine without a wider set gets.
 
 use crate::cpu::CpuReal;
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Simd, Task};
 use crate::dtype::Element;
 use half::{bf16, f16};
 use std::marker::PhantomData;
@@ -31,8 +31,8 @@ impl<R: CpuReal> Simd for Scalar<R> {
     const TALL: usize = 4;
 
     #[inline(always)]
-    fn vectorize<O>(self, f: impl FnOnce() -> O) -> O {
-        f()
+    fn vectorize<K: Task>(self, task: K) -> K::Output {
+        task.run()
     }
     #[inline(always)]
     fn splat(self, value: R) -> [R; LANES] {

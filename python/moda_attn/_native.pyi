@@ -1,0 +1,122 @@
+"""The Rust extension. Private: :mod:`moda_attn.functional`, :mod:`moda_attn.numpy` and :mod:`moda_attn.dlpack` call it.
+
+Tensors are any CPU tensors: torch (by the C exchange API of DLPack), NumPy, or by ``__dlpack__``. What is written must
+be a fresh, contiguous tensor of exactly the right shape and dtype. The GIL is released while a kernel runs.
+"""
+
+from typing import Any, final
+
+_Tensor = Any
+
+def align_forward(
+    key: _Tensor,
+    value: _Tensor,
+    modality: _Tensor,
+    keep: _Tensor,
+    mix: _Tensor,
+    kind: str,
+    context: _Tensor | None,
+    basis: _Tensor | None,
+    eps: float,
+    aligned: _Tensor,
+    basis_out: _Tensor | None,
+    threads: int,
+) -> None: ...
+def align_backward(
+    key: _Tensor,
+    value: _Tensor,
+    modality: _Tensor,
+    keep: _Tensor,
+    mix: _Tensor,
+    kind: str,
+    context: _Tensor | None,
+    basis: _Tensor,
+    computed: bool,
+    eps: float,
+    d_aligned: _Tensor,
+    d_basis: _Tensor | None,
+    d_key: _Tensor,
+    d_value: _Tensor,
+    d_keep: _Tensor,
+    d_mix: _Tensor,
+    d_basis_given: _Tensor | None,
+    threads: int,
+) -> None: ...
+def sink_forward(
+    position: _Tensor, query_modality: _Tensor, span: int, decay: _Tensor, base: _Tensor, sink: _Tensor
+) -> None: ...
+def sink_backward(
+    position: _Tensor,
+    query_modality: _Tensor,
+    span: int,
+    decay: _Tensor,
+    base: _Tensor,
+    d_sink: _Tensor,
+    d_decay: _Tensor,
+    d_base: _Tensor,
+) -> None: ...
+def attend_forward(
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    modality: _Tensor,
+    query_modality: _Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    sink: _Tensor | None,
+    bias: _Tensor | None,
+    combine: str,
+    out: _Tensor,
+    lse: _Tensor,
+    parts: _Tensor | None,
+    mass: _Tensor | None,
+    threads: int,
+) -> None: ...
+def attend_backward(
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    modality: _Tensor,
+    query_modality: _Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    sink: _Tensor | None,
+    bias: _Tensor | None,
+    combine: str,
+    d_out: _Tensor,
+    out: _Tensor,
+    lse: _Tensor,
+    parts: _Tensor | None,
+    d_query: _Tensor,
+    d_key: _Tensor,
+    d_value: _Tensor,
+    d_sink: _Tensor | None,
+    d_bias: _Tensor | None,
+    threads: int,
+) -> None: ...
+def describe(argument: str, tensor: _Tensor) -> tuple[tuple[int, ...], str, int]: ...
+def build_info() -> dict[str, Any]: ...
+def explain() -> str: ...
+def list_errors() -> list[dict[str, str]]: ...
+def _panic_for_test(message: str) -> None: ...
+def _allocate_for_test(bytes: int) -> None: ...
+
+@final
+class Tensor:
+    @staticmethod
+    def zeros(shape: tuple[int, ...], dtype: str) -> Tensor: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def _holders(self) -> int: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
