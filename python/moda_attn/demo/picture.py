@@ -109,7 +109,7 @@ def _draw_accuracy(axes, run: DemoRun) -> None:
     axes.set_title("Right answers on held-out scans, generated")
     for row, kind in enumerate(KINDS):
         ceiling = run.text_only[kind]
-        axes.plot([ceiling, ceiling], [row - 0.3, row + 0.3], color=MUTED, lw=1.4, ls=(0, (2, 1.5)), zorder=2)
+        axes.plot([ceiling, ceiling], [row - 0.22, row + 0.3], color=MUTED, lw=1.4, ls=(0, (2, 1.5)), zorder=2)
         for offset, name, colour in ((-0.15, "unpatched", PLAIN), (0.15, "moda", MODA)):
             score = run.models[name].generated[kind]
             low, high = score.interval
@@ -202,10 +202,10 @@ def _draw_unknowable(axes, run: DemoRun) -> None:
         outcome = run.unknowable[context]
         smooth = _running_mean(outcome.losses, 10)
         axes.plot(np.arange(len(smooth)), smooth, color=colour, lw=2)
-        said = f"{outcome.forced.accuracy:.0%} right teacher-forced, {outcome.generated.accuracy:.0%} generated"
+        said = f"{outcome.forced.accuracy:.0%} right teacher-forced,\n{outcome.generated.accuracy:.0%} generated"
         _beside(axes, said, (steps, smooth[-1]), (0, 7), "right", "bottom", colour)
     axes.axhline(LOSS_FLOOR, color=INK, lw=1.1, ls=(0, (2, 1.5)))
-    note = f"ln 8 = {LOSS_FLOOR:.2f}, the floor without a leak (chance {CHANCE:.1%})"
+    note = f"ln 8: the floor without a leak (chance {CHANCE:.1%})"
     _beside(axes, note, (steps, LOSS_FLOOR), (0, -6), "right", "top", INK)
     axes.set_xlim(0, steps)
     axes.set_ylim(0, LOSS_FLOOR * 1.45)
