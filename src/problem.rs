@@ -165,7 +165,8 @@ impl<T: Element> AttendProblem<'_, T> {
         expect("query_modality", &self.query_modality.shape(), &[b, nq], "(B, Nq)")?;
         let parts = self.combine.parts();
         if let Some(sink) = self.sink {
-            self.sink = Some(sink.broadcast([b, hq, nq, parts]).ok_or_else(|| {
+            let fits = sink.broadcast([b, hq, nq, parts]).filter(|_| sink.shape()[2..] == [nq, parts]);
+            self.sink = Some(fits.ok_or_else(|| {
                 let (given, wanted) = match self.combine {
                     Combine::Joint => (&sink.shape()[..3], format!("(B|1, Hq|1, Nq) = ({b}|1, {hq}|1, {nq})")),
                     Combine::Split => (&sink.shape()[..], format!("(B|1, Hq|1, Nq, 2) = ({b}|1, {hq}|1, {nq}, 2)")),
@@ -175,7 +176,8 @@ impl<T: Element> AttendProblem<'_, T> {
         }
         if let Some(bias) = self.bias {
             let m = bias.shape()[2];
-            let fits = bias.broadcast([b, hq, m, m]).filter(|_| (1..=MAX_MODALITIES).contains(&m));
+            let square = bias.shape()[3] == m && (1..=MAX_MODALITIES).contains(&m);
+            let fits = bias.broadcast([b, hq, m, m]).filter(|_| square);
             self.bias = Some(fits.ok_or_else(|| {
                 shape_error("modality_bias", &bias.shape(), format!("(B|1, Hq|1, M, M) = ({b}|1, {hq}|1, M, M)"))
             })?);

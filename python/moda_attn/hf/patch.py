@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
+from .._checks import compute_dtype
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaTypeError, ModaValueError
 from ..layer import ModaLayer
@@ -162,13 +162,12 @@ def _new_layer(config: ModaConfig, attention: nn.Module) -> ModaLayer:
     if weight.device.type == "meta":
         raise ModaValueError("the model's weights are on the meta device: load them first, then apply")
     text = attention.config
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return ModaLayer(
         config,
         text.num_attention_heads,
         text.num_key_value_heads,
         attention.head_dim,
-        dtype=dtype,
+        dtype=compute_dtype(weight.dtype),
         device=weight.device,
     )
 
