@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager:
+    """A block in which autocast leaves matrix products alone: tables and logits are float32 at least."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def unit_rows(rows: Tensor) -> Tensor:

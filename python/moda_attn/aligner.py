@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from ._linalg import unit_rows
+from ._checks import compute_dtype
+from ._linalg import full_precision, unit_rows
 from .config import ModaConfig
 
 EPS = 1e-6
@@ -73,8 +74,9 @@ class DuplexAligner(nn.Module):
 
     def _tables(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """keep and mix for every modality, (M, D, D)."""
-        dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-        keep, mix = self.fuser()
+        dtype = compute_dtype(key.dtype)
+        with full_precision(key):
+            keep, mix = self.fuser()
         eye = torch.eye(self.head_dim, dtype=dtype, device=key.device)
         zero = torch.zeros_like(eye)
         rows = {m: (keep[row].to(dtype), mix[row].to(dtype)) for row, m in enumerate(self.align_ids)}
@@ -82,22 +84,23 @@ class DuplexAligner(nn.Module):
         return torch.stack([table[0] for table in tables]), torch.stack([table[1] for table in tables])
 
     def _basis_alone(self, key: Tensor, value: Tensor, modality: Tensor, context: Tensor | None) -> Tensor:
-        dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(key.dtype)
         nothing = torch.zeros(self.config.num_modalities, self.head_dim, self.head_dim, dtype=dtype, device=key.device)
         return F.duplex_align(key, value, modality, nothing, nothing, kind=self.config.basis, context=context, eps=EPS)[
             1
         ]
 
     def _align_by_mlp(self, key: Tensor, modality: Tensor) -> Tensor:
-        dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-        keep, mix = self.fuser()
+        dtype = compute_dtype(key.dtype)
         wide = key.to(dtype)
         unit = unit_rows(wide + EPS)
         aligned = wide
-        for row, m in enumerate(self.align_ids):
-            mapped = self.maps[row](unit.to(self.maps[row][0].weight.dtype)).to(dtype)
-            fused = wide @ keep[row].to(dtype) + mapped @ mix[row].to(dtype)
-            aligned = torch.where((modality == m)[:, None, :, None], fused, aligned)
+        with full_precision(key):
+            keep, mix = self.fuser()
+            for row, m in enumerate(self.align_ids):
+                mapped = self.maps[row](unit.to(self.maps[row][0].weight.dtype)).to(dtype)
+                fused = wide @ keep[row].to(dtype) + mapped @ mix[row].to(dtype)
+                aligned = torch.where((modality == m)[:, None, :, None], fused, aligned)
         return aligned.to(key.dtype)
 
 

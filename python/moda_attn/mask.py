@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from ._linalg import unit_rows
+from ._checks import compute_dtype
+from ._linalg import full_precision, unit_rows
 from .config import ModaConfig
 
 
@@ -42,7 +43,7 @@ class ModularMask(nn.Module):
             position: (B, Nq), 0-based position of each query among the real tokens of its row.
             scale: of the scores; used by the mask key.
         """
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(query.dtype)
         sets = range(2 if self.config.combine == "split" else 1)
         if self.mask_key is not None:
             sinks = [self._from_mask_key(which, query.to(dtype), query_modality, position, scale) for which in sets]
@@ -60,7 +61,8 @@ class ModularMask(nn.Module):
         key = self.mask_key[which].to(query.dtype)
         key = key.repeat_interleave(self.num_heads // key.shape[0], dim=0)
         count = (self.config.span - 1 - position).clamp(min=0)[:, None]
-        score = scale * torch.einsum("bhnd,hd->bhn", query, key)
+        with full_precision(query):
+            score = scale * torch.einsum("bhnd,hd->bhn", query, key)
         silent = (count == 0) | (query_modality < 0)[:, None]
         return torch.where(silent, -torch.inf, score + count.clamp(min=1).to(query.dtype).log())
 
@@ -84,7 +86,8 @@ def basis_affinity(basis: Tensor) -> Tensor:
     normed = unit_rows(basis).flatten(-2)
     modalities = basis.shape[2]
     others = 1 - torch.eye(modalities, dtype=basis.dtype, device=basis.device)
-    return (normed @ normed.transpose(-1, -2)) * others / basis.shape[-1]
+    with full_precision(basis):
+        return (normed @ normed.transpose(-1, -2)) * others / basis.shape[-1]
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from . import _checks as check
@@ -99,7 +98,7 @@ class ModaAttention(nn.Module):
                 text.num_attention_heads,
                 text.num_key_value_heads,
                 attention.head_dim,
-                dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+                dtype=check.compute_dtype(weight.dtype),
                 device=weight.device,
             )
         module = cls.__new__(cls)

@@ -50,6 +50,21 @@ def test_every_parameter_gets_a_gradient(config: ModaConfig, family: str):
         assert gradient.any(), name
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_autocast(config: ModaConfig):
+    model = patched(config)
+    expected = model(**batch()).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch()).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=0.05)
+    loss.backward()
+    own = [parameter for name, parameter in model.named_parameters() if ".moda." in name]
+    assert all(parameter.grad.isfinite().all() for parameter in own)
+    x = {name: tensor for name, tensor in batch().items() if name != "labels"}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.eval().generate(**x, max_new_tokens=3, do_sample=False)
+
+
 def test_gradients_exist_without_an_image():
     """A batch of text alone gives zeros, not None, to what only images can train."""
     x = batch()

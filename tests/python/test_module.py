@@ -14,7 +14,7 @@ from moda_attn import ModaAttention, ModaCache, ModaConfig, reference
 from moda_attn.errors import ModaTypeError, ModaValueError
 from moda_attn.mask import alibi_slopes, basis_affinity
 from moda_attn.rotary import rotate
-from tolerance import assert_close
+from tolerance import assert_close, relative_l2
 
 MODALITY = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0], [-1, -1, 0, 1, 0, 1, 0, 0]])
 CONTEXT = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]]).bool()
@@ -137,6 +137,36 @@ def test_decoding_with_a_cache(config: ModaConfig, chunks: tuple[int, ...]):
     assert_close(torch.cat(outs, dim=1), expected, name="out")
     assert_close(torch.cat(masses, dim=2), expected_mass, name="mass")
     assert cache.key.shape == (2, 2, 8, 8)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_autocast(config: ModaConfig):
+    """Products run in bfloat16; tables, sinks and biases stay float32, and so do their gradients."""
+    module = build(config, torch.float32)
+    hidden = torch.randn(2, 8, 24)
+    context = (torch.arange(8) < 6).expand(2, 8)
+    expected = module(hidden, MODALITY, context=context)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(hidden, MODALITY, context=context)
+        cache = ModaCache()
+        parts = [module(hidden[:, piece], MODALITY[:, piece], cache=cache) for piece in (slice(0, 6), slice(6, 8))]
+    assert out.dtype == torch.bfloat16
+    assert relative_l2(out, expected) < 5e-2
+    assert relative_l2(torch.cat(parts, dim=1), expected) < 5e-2
+    out.float().square().sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["default", "learned split", "mlp2_gelu"])
+def test_it_compiles_without_a_graph_break(name: str):
+    module = build(CONFIGS[name])
+    hidden = torch.randn(2, 8, 24, dtype=torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    out = compiled(hidden, MODALITY, context=CONTEXT)
+    assert_close(out, module(hidden, MODALITY, context=CONTEXT), name="out")
+    out.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
 
 
 def test_fresh_modules_start_as_plain_attention():

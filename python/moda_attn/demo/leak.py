@@ -19,7 +19,7 @@ from .train import Recipe, train
 
 LOSS_FLOOR = math.log(len(INK_WORDS))
 CHANCE = 1 / len(INK_WORDS)
-STEPS = 250
+STEPS = 220
 
 
 @dataclass(frozen=True)

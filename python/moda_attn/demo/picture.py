@@ -109,7 +109,7 @@ def _draw_accuracy(axes, run: DemoRun) -> None:
     axes.set_title("Right answers on held-out scans, generated")
     for row, kind in enumerate(KINDS):
         ceiling = run.text_only[kind]
-        axes.plot([ceiling, ceiling], [row - 0.3, row + 0.3], color=MUTED, lw=1.4, ls=(0, (2, 1.5)), zorder=2)
+        axes.plot([ceiling, ceiling], [row - 0.22, row + 0.3], color=MUTED, lw=1.4, ls=(0, (2, 1.5)), zorder=2)
         for offset, name, colour in ((-0.15, "unpatched", PLAIN), (0.15, "moda", MODA)):
             score = run.models[name].generated[kind]
             low, high = score.interval
@@ -118,13 +118,12 @@ def _draw_accuracy(axes, run: DemoRun) -> None:
             text = f"{score.accuracy:.1%}"
             _beside(axes, text, (low, row + offset), (-6, 0), "right", "center", colour)
         # Inside the axes, above its row: long names need no margin then.
-        axes.text(0.005, row - 0.36, KIND_TITLES[kind], ha="left", va="center", backgroundcolor="white")
+        axes.text(0.005, row - 0.36, KIND_TITLES[kind], ha="left", va="center")
     axes.set_yticks([])
     axes.set_ylim(len(KINDS) - 0.55, -0.6)
     axes.set_xlim(0, 1.015)
     _percent(axes.xaxis)
     axes.spines["left"].set_visible(False)
-    axes.grid(axis="x", color=GRID)
     handles = [
         _marker(PLAIN, "unpatched"),
         _marker(MODA, "MODA"),
@@ -182,14 +181,12 @@ def _draw_leak(axes, run: DemoRun) -> None:
             axes.bar(x, score.accuracy, width, color=colour, alpha=alpha)
             if view == "generated":
                 axes.plot([x, x], [low, high], color=INK, lw=1.1)
-            top = max(high, score.accuracy) if view == "generated" else score.accuracy
-            axes.text(
-                x, top + 0.012, f"{100 * score.accuracy:.0f}", ha="center", va="bottom", fontsize=8.5, color=MUTED
-            )
+            ink = "white" if view == "generated" else INK
+            axes.text(x, 0.02, f"{100 * score.accuracy:.0f}", ha="center", va="bottom", fontsize=9, color=ink)
     for place, kind in enumerate(KINDS):
         axes.plot([place - 0.42, place + 0.42], [run.text_only[kind]] * 2, color=INK, lw=1.1, ls=(0, (2, 1.5)))
     axes.set_xticks(range(len(KINDS)), [KIND_TITLES[kind] for kind in KINDS], color=INK)
-    axes.set_ylim(0, 1.1)
+    axes.set_ylim(0, 1.04)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     _percent(axes.yaxis)
     axes.grid(axis="y", color=GRID)
@@ -199,22 +196,23 @@ def _draw_leak(axes, run: DemoRun) -> None:
 
 
 def _draw_unknowable(axes, run: DemoRun) -> None:
-    axes.set_title("Eight random answers nobody can know: training loss")
+    axes.set_title("Trained on random answers nobody can know: the loss")
     steps = max(len(outcome.losses) for outcome in run.unknowable.values())
     for context, colour in (("prompt", MODA), ("all", LEAKY)):
         outcome = run.unknowable[context]
         smooth = _running_mean(outcome.losses, 10)
         axes.plot(np.arange(len(smooth)), smooth, color=colour, lw=2)
-        said = f'"{context}": {outcome.forced.accuracy:.0%} teacher-forced, {outcome.generated.accuracy:.0%} generated'
+        said = f"{outcome.forced.accuracy:.0%} right teacher-forced,\n{outcome.generated.accuracy:.0%} generated"
         _beside(axes, said, (steps, smooth[-1]), (0, 7), "right", "bottom", colour)
     axes.axhline(LOSS_FLOOR, color=INK, lw=1.1, ls=(0, (2, 1.5)))
-    note = f"ln 8 = {LOSS_FLOOR:.2f}, the floor without a leak (chance {CHANCE:.1%})"
+    note = f"ln 8: the floor without a leak (chance {CHANCE:.1%})"
     _beside(axes, note, (steps, LOSS_FLOOR), (0, -6), "right", "top", INK)
     axes.set_xlim(0, steps)
     axes.set_ylim(0, LOSS_FLOOR * 1.45)
     axes.set_xlabel("step")
     axes.set_ylabel("nats per answer")
     axes.grid(axis="y", color=GRID)
+    _legend_above(axes, [_line(LEAKY, 'context="all"', "-"), _line(MODA, 'context="prompt"', "-")])
 
 
 def _beside(axes, text: str, point, offset, horizontal: str, vertical: str, colour: str) -> None:

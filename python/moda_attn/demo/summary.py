@@ -66,7 +66,7 @@ def _balance(run: DemoRun) -> list[str]:
                 f"  {rows.name:<20} {name:<10} {own:6.3f} {cross:6.3f} {balance.pseudo_share:7.3f}"
                 f" {balance.disparity:10.3f} {balance.relative_disparity:9.3f}"
             )
-    return lines
+    return [*lines, "  The picture comes first: its rows see nothing of another modality but the begin mark."]
 
 
 def _leak(run: DemoRun) -> list[str]:

@@ -17,7 +17,7 @@ from .tokenizer import WordTokenizer
 class Recipe:
     """How long, how fast and on what to train; ``seed`` fixes the model's start, the questions and the pixel noise."""
 
-    steps: int = 600
+    steps: int = 500
     batch_size: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 0.1

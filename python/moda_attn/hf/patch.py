@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
+from .._checks import compute_dtype
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaTypeError, ModaValueError
 from ..layer import ModaLayer
@@ -77,6 +77,9 @@ def apply(model: nn.Module, config: ModaConfig | None = None, *, attention: str 
     if runtime is not None:
         if runtime.config != config:
             raise ModaValueError(f"the model is already patched with {runtime.config}; call moda_attn.remove first")
+        current = _get_attention(model, runtime.family)
+        if attention is not None and _uses_kernel(config, attention) != (current == NAME):
+            raise ModaValueError(f"already patched with attention {current!r}; call moda_attn.remove first")
         return _report(model, runtime, already=True)
     family = family_of(model)
     use_kernel = _uses_kernel(config, attention)
@@ -112,6 +115,8 @@ def runtime_of(model: nn.Module) -> Runtime | None:
 @contextmanager
 def watching(model: nn.Module) -> Iterator[Runtime]:
     """Have the text decoder use our attention function inside the block, whatever state the model is in."""
+    if hasattr(model, "peft_config"):
+        model = model.get_base_model()
     runtime = runtime_of(model)
     if runtime is None:
         family = family_of(model)
@@ -162,13 +167,12 @@ def _new_layer(config: ModaConfig, attention: nn.Module) -> ModaLayer:
     if weight.device.type == "meta":
         raise ModaValueError("the model's weights are on the meta device: load them first, then apply")
     text = attention.config
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return ModaLayer(
         config,
         text.num_attention_heads,
         text.num_key_value_heads,
         attention.head_dim,
-        dtype=dtype,
+        dtype=compute_dtype(weight.dtype),
         device=weight.device,
     )
 

@@ -75,7 +75,7 @@ class Runtime:
         )
         kwargs["moda_call"] = call
         positions = _positions(arguments, call.modality.shape[1])
-        if positions is not None:
+        if positions is not None and self.config is not None:
             kwargs["position_ids"] = positions
         return args, kwargs
 
