@@ -1,9 +1,9 @@
 //! The public operators: a validated problem in, results written. Each picks the kernel ([`dispatch`](crate::dispatch))
 //! and runs it on `threads` threads; the result is bitwise the same for every number of them.
 
-use crate::cpu::{self, CpuReal, Exec};
+use crate::cpu::{CpuElement, Exec};
 use crate::dispatch;
-use crate::dtype::{Element, Real};
+use crate::dtype::Real;
 use crate::error::Result;
 use crate::problem::{
     AlignGradients, AlignOutputs, AlignProblem, AlignUpstream, AttendGradients, AttendOutputs, AttendProblem,
@@ -17,41 +17,41 @@ fn exec(threads: usize) -> Result<Exec> {
 }
 
 /// Duplex attention alignment (paper, equations 5 and 6): aligned keys and the bases.
-pub fn duplex_align<T: Element<Acc: CpuReal>>(
+pub fn duplex_align<T: CpuElement>(
     problem: &AlignProblem<'_, T>,
     outputs: &mut AlignOutputs<'_, T>,
     threads: usize,
 ) -> Result<()> {
-    cpu::align::forward(exec(threads)?, problem, outputs)
+    T::align(exec(threads)?, problem, outputs)
 }
 
 /// Gradients of [`duplex_align`].
-pub fn duplex_align_backward<T: Element<Acc: CpuReal>>(
+pub fn duplex_align_backward<T: CpuElement>(
     problem: &AlignProblem<'_, T>,
     upstream: &AlignUpstream<'_, T>,
     gradients: &mut AlignGradients<'_, T>,
     threads: usize,
 ) -> Result<()> {
-    cpu::align::backward(exec(threads)?, problem, upstream, gradients)
+    T::align_backward(exec(threads)?, problem, upstream, gradients)
 }
 
 /// Modular masked attention (paper, equations 7 to 10).
-pub fn modular_attention<T: Element<Acc: CpuReal>>(
+pub fn modular_attention<T: CpuElement>(
     problem: &AttendProblem<'_, T>,
     outputs: &mut AttendOutputs<'_, T>,
     threads: usize,
 ) -> Result<()> {
-    cpu::attend::forward(exec(threads)?, problem, outputs)
+    T::attend(exec(threads)?, problem, outputs)
 }
 
 /// Gradients of [`modular_attention`], recomputed from its output and logsumexp.
-pub fn modular_attention_backward<T: Element<Acc: CpuReal>>(
+pub fn modular_attention_backward<T: CpuElement>(
     problem: &AttendProblem<'_, T>,
     upstream: &AttendUpstream<'_, T>,
     gradients: &mut AttendGradients<'_, T>,
     threads: usize,
 ) -> Result<()> {
-    cpu::attend::backward(exec(threads)?, problem, upstream, gradients)
+    T::attend_backward(exec(threads)?, problem, upstream, gradients)
 }
 
 /// Pseudo-scores: the sink logit (B, Hq, Nq) of every query row (paper, equation 10).

@@ -7,9 +7,8 @@ use common::{
     tolerance,
 };
 use half::{bf16, f16};
-use moda_attn::cpu::{self, CpuReal, Exec};
+use moda_attn::cpu::{CpuElement, Exec};
 use moda_attn::dispatch::Isa;
-use moda_attn::dtype::Element;
 
 /// Random cases of a few tokens for every instruction set.
 const CASES: u64 = 40;
@@ -24,18 +23,18 @@ fn available() -> impl Iterator<Item = Isa> {
     })
 }
 
-fn check_attend<T: Element<Acc: CpuReal>>(exec: Exec, case: &AttendCase<T>) {
+fn check_attend<T: CpuElement>(exec: Exec, case: &AttendCase<T>) {
     let (outputs, gradients) = tolerance::<T>();
     let (accumulated, _) = tolerance::<T::Acc>();
     let truth = case.truth();
-    let got = case.forward(|problem, outputs| cpu::attend::forward(exec, problem, outputs).unwrap());
+    let got = case.forward(|problem, outputs| T::attend(exec, problem, outputs).unwrap());
     let name = |what| format!("{what} {exec:?} {:?} {:?}", T::DTYPE, case.options);
     assert_close(&name("out"), &got.out.values(), &truth.out.values(), outputs);
     assert_each_close(&name("logsumexp"), &got.logsumexp.values(), &truth.logsumexp.values(), accumulated);
     assert_close(&name("mass"), &got.mass.values(), &truth.mass.values(), accumulated);
     let truth = case.true_gradients();
     let got = case.backward(&got, |problem, upstream, gradients| {
-        cpu::attend::backward(exec, problem, upstream, gradients).unwrap();
+        T::attend_backward(exec, problem, upstream, gradients).unwrap();
     });
     // A row that sees one key has no gradient but for rounding: that is measured by what flows in.
     let inflow = 0.1 * case.out_gradient.widened().values().iter().map(|d| d * d).sum::<f64>().sqrt();
@@ -50,16 +49,16 @@ fn check_attend<T: Element<Acc: CpuReal>>(exec: Exec, case: &AttendCase<T>) {
     }
 }
 
-fn check_align<T: Element<Acc: CpuReal>>(exec: Exec, case: &AlignCase<T>) {
+fn check_align<T: CpuElement>(exec: Exec, case: &AlignCase<T>) {
     let (outputs, gradients) = tolerance::<T>();
     let truth = case.truth();
-    let got = case.forward(|problem, outputs| cpu::align::forward(exec, problem, outputs).unwrap());
+    let got = case.forward(|problem, outputs| T::align(exec, problem, outputs).unwrap());
     let name = |what| format!("{what} {exec:?} {:?} {:?}", T::DTYPE, case.options);
     assert_close(&name("aligned"), &got.aligned.values(), &truth.aligned.values(), outputs);
     assert_close(&name("basis"), &got.basis.values(), &truth.basis.values(), tolerance::<T::Acc>().0);
     let truth = case.true_gradients();
     let got = case.backward(&got, |problem, upstream, gradients| {
-        cpu::align::backward(exec, problem, upstream, gradients).unwrap();
+        T::align_backward(exec, problem, upstream, gradients).unwrap();
     });
     assert_close(&name("d key"), &got.key.values(), &truth.key.values(), gradients);
     assert_close(&name("d value"), &got.value.values(), &truth.value.values(), gradients);
@@ -70,7 +69,7 @@ fn check_align<T: Element<Acc: CpuReal>>(exec: Exec, case: &AlignCase<T>) {
     }
 }
 
-fn small<T: Element<Acc: CpuReal>>() {
+fn small<T: CpuElement>() {
     for isa in available() {
         for seed in 0..CASES {
             let exec = Exec { isa, threads: 1 + (seed % 2) as usize };
@@ -81,7 +80,7 @@ fn small<T: Element<Acc: CpuReal>>() {
 }
 
 /// Lengths around the sizes of the blocks, where tiles are partly filled or partly visible.
-fn long<T: Element<Acc: CpuReal>>() {
+fn long<T: CpuElement>() {
     for (seed, tokens) in [(0, 95), (1, 129), (2, 257), (3, 300)] {
         let rng = &mut Rng::new(seed);
         let mut options = AttendOptions::random(rng);
@@ -134,13 +133,13 @@ fn the_result_does_not_depend_on_the_number_of_threads() {
             let align = AlignCase::<f32>::random(rng);
             let run = |threads| {
                 let exec = Exec { isa, threads };
-                let out = attend.forward(|problem, outputs| cpu::attend::forward(exec, problem, outputs).unwrap());
+                let out = attend.forward(|problem, outputs| f32::attend(exec, problem, outputs).unwrap());
                 let gradients = attend.backward(&out, |problem, upstream, gradients| {
-                    cpu::attend::backward(exec, problem, upstream, gradients).unwrap();
+                    f32::attend_backward(exec, problem, upstream, gradients).unwrap();
                 });
-                let aligned = align.forward(|problem, outputs| cpu::align::forward(exec, problem, outputs).unwrap());
+                let aligned = align.forward(|problem, outputs| f32::align(exec, problem, outputs).unwrap());
                 let align_gradients = align.backward(&aligned, |problem, upstream, gradients| {
-                    cpu::align::backward(exec, problem, upstream, gradients).unwrap();
+                    f32::align_backward(exec, problem, upstream, gradients).unwrap();
                 });
                 let all = [
                     out.out.values(),

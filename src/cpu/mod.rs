@@ -3,8 +3,8 @@
 //! [`simd`] is the trait an instruction set implements, [`isa`] the implementations, [`kernel`] the inner loops written
 //! once over the trait, [`align`] and [`attend`] the two operators.
 
-pub mod align;
-pub mod attend;
+mod align;
+mod attend;
 mod buffer;
 pub mod isa;
 pub mod kernel;
@@ -13,16 +13,14 @@ mod real;
 pub mod simd;
 
 use crate::dispatch::Isa;
+use crate::dtype::Element;
+use crate::error::Result;
+use crate::problem::{
+    AlignGradients, AlignOutputs, AlignProblem, AlignUpstream, AttendGradients, AttendOutputs, AttendProblem,
+    AttendUpstream,
+};
+use half::{bf16, f16};
 pub use real::CpuReal;
-
-/// How a call runs: which instruction set, on how many threads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Exec {
-    /// The instruction set; it must be available.
-    pub isa: Isa,
-    /// Number of threads, at least 1.
-    pub threads: usize,
-}
 
 /// Calls a generic function with the token of the instruction set that `exec` names.
 macro_rules! with_token {
@@ -50,3 +48,72 @@ macro_rules! with_token {
     }};
 }
 pub(crate) use with_token;
+
+/// How a call runs: which instruction set, on how many threads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exec {
+    /// The instruction set; it must be available.
+    pub isa: Isa,
+    /// Number of threads, at least 1.
+    pub threads: usize,
+}
+
+/// A storage dtype with its kernels. They are methods, and so compiled once, here, and not again in every crate that
+/// calls a generic function.
+pub trait CpuElement: Element<Acc: CpuReal> {
+    /// Aligned keys and the bases (paper, equations 5 and 6).
+    fn align(exec: Exec, problem: &AlignProblem<'_, Self>, outputs: &mut AlignOutputs<'_, Self>) -> Result<()>;
+
+    /// Gradients through unit keys, basis, row norm and fusion.
+    fn align_backward(
+        exec: Exec,
+        problem: &AlignProblem<'_, Self>,
+        upstream: &AlignUpstream<'_, Self>,
+        gradients: &mut AlignGradients<'_, Self>,
+    ) -> Result<()>;
+
+    /// Output, logsumexp and mass (paper, equations 7 to 10).
+    fn attend(exec: Exec, problem: &AttendProblem<'_, Self>, outputs: &mut AttendOutputs<'_, Self>) -> Result<()>;
+
+    /// Gradients, the probabilities recomputed from the logsumexp.
+    fn attend_backward(
+        exec: Exec,
+        problem: &AttendProblem<'_, Self>,
+        upstream: &AttendUpstream<'_, Self>,
+        gradients: &mut AttendGradients<'_, Self>,
+    ) -> Result<()>;
+}
+
+macro_rules! cpu_element {
+    ($($type:ty),*) => {
+        $(impl CpuElement for $type {
+            fn align(exec: Exec, problem: &AlignProblem<'_, Self>, outputs: &mut AlignOutputs<'_, Self>) -> Result<()> {
+                align::forward(exec, problem, outputs)
+            }
+
+            fn align_backward(
+                exec: Exec,
+                problem: &AlignProblem<'_, Self>,
+                upstream: &AlignUpstream<'_, Self>,
+                gradients: &mut AlignGradients<'_, Self>,
+            ) -> Result<()> {
+                align::backward(exec, problem, upstream, gradients)
+            }
+
+            fn attend(exec: Exec, problem: &AttendProblem<'_, Self>, outputs: &mut AttendOutputs<'_, Self>) -> Result<()> {
+                attend::forward(exec, problem, outputs)
+            }
+
+            fn attend_backward(
+                exec: Exec,
+                problem: &AttendProblem<'_, Self>,
+                upstream: &AttendUpstream<'_, Self>,
+                gradients: &mut AttendGradients<'_, Self>,
+            ) -> Result<()> {
+                attend::backward(exec, problem, upstream, gradients)
+            }
+        })*
+    };
+}
+
+cpu_element!(f32, f64, bf16, f16);

@@ -84,7 +84,7 @@ mod tests {
     fn every_task_runs_once() {
         for threads in [1, 2, 5] {
             let mut seen = vec![Vec::new(); threads];
-            run(&mut seen, 100, |mine, index| mine.push(index));
+            run(&mut seen, 100, Vec::push);
             let mut all: Vec<usize> = seen.concat();
             all.sort_unstable();
             assert_eq!(all, (0..100).collect::<Vec<_>>());

@@ -2,7 +2,7 @@
 
 use super::arguments::{Table, gradient, output};
 use super::call::{compute, for_element};
-use crate::cpu::CpuReal;
+use crate::cpu::CpuElement;
 use crate::dlpack::Imported;
 use crate::dtype::{Element, Real};
 use crate::error::Result;
@@ -97,7 +97,7 @@ pub(super) fn align_forward(
     compute(py, || for_element!(inputs.key, "key", forward(&inputs, aligned, basis_out, threads)))
 }
 
-fn forward<T: Element<Acc: CpuReal>>(
+fn forward<T: CpuElement>(
     inputs: &Inputs<'_>,
     aligned: &RawView<'_>,
     basis: Option<&RawView<'_>>,
@@ -184,7 +184,7 @@ pub(super) fn align_backward(
     compute(py, || for_element!(inputs.key, "key", backward(&inputs, &work, threads)))
 }
 
-fn backward<T: Element<Acc: CpuReal>>(inputs: &Inputs<'_>, work: &Backward<'_>, threads: usize) -> Result<()> {
+fn backward<T: CpuElement>(inputs: &Inputs<'_>, work: &Backward<'_>, threads: usize) -> Result<()> {
     let converted = inputs.convert::<T>()?;
     let problem = inputs.problem::<T>(&converted)?;
     let [b, h, n, d] = problem.key.shape();

@@ -2,7 +2,7 @@
 
 use super::arguments::{gradient, output};
 use super::call::{compute, for_element};
-use crate::cpu::CpuReal;
+use crate::cpu::CpuElement;
 use crate::dlpack::Imported;
 use crate::dtype::{Element, Real};
 use crate::error::{Error, Result};
@@ -144,7 +144,7 @@ pub(super) fn attend_forward(
     compute(py, || for_element!(inputs.query, "query", forward(&inputs, &work, threads)))
 }
 
-fn forward<T: Element<Acc: CpuReal>>(inputs: &Inputs<'_>, work: &Forward<'_>, threads: usize) -> Result<()> {
+fn forward<T: CpuElement>(inputs: &Inputs<'_>, work: &Forward<'_>, threads: usize) -> Result<()> {
     let tokens = inputs.tokens::<T>()?;
     let problem = inputs.problem::<T>(&tokens)?;
     let [b, hq, nq, d] = problem.query.shape();
@@ -238,7 +238,7 @@ pub(super) fn attend_backward(
     compute(py, || for_element!(inputs.query, "query", backward(&inputs, &work, threads)))
 }
 
-fn backward<T: Element<Acc: CpuReal>>(inputs: &Inputs<'_>, work: &Backward<'_>, threads: usize) -> Result<()> {
+fn backward<T: CpuElement>(inputs: &Inputs<'_>, work: &Backward<'_>, threads: usize) -> Result<()> {
     let tokens = inputs.tokens::<T>()?;
     let problem = inputs.problem::<T>(&tokens)?;
     let ([b, hq, nq, d], [_, hkv, nk, _]) = (problem.query.shape(), problem.key.shape());

@@ -10,6 +10,7 @@ from torch import nn
 
 import moda_attn
 import tiny
+from moda_attn.hf import record_mass
 
 X = tiny.inputs("llava-llama", ["TTITTT", "TIT"])
 
@@ -68,6 +69,9 @@ def test_peft_trains_saves_and_reloads_the_parameters(tmp_path: Path):
                 assert parameter.grad is not None, name
             parameter.add_(0.1 * torch.randn_like(parameter))
     wrapped.eval()
+    with record_mass(wrapped) as recorder:
+        logits(wrapped)
+    assert sorted(recorder.layers) == [0, 1, 2]
     wrapped.save_pretrained(tmp_path)
     base = tiny.build()
     moda_attn.apply(base)

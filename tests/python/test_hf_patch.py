@@ -220,6 +220,22 @@ def test_masks_that_cannot_be_expressed():
         model(**x, position_ids=packed)
 
 
+def test_the_kernel_cannot_be_lost_in_silence():
+    model = tiny.build()
+    x = tiny.inputs("llava-llama", "TIT")
+    moda_attn.apply(model)
+    model.set_attn_implementation({"text_config": "sdpa"})
+    with pytest.raises(ModaRuntimeError, match="set to 'sdpa' after the patch"):
+        model(**x)
+    model.set_attn_implementation({"text_config": "moda"})
+    model(**x)
+    moda_attn.remove(model)
+    moda_attn.apply(model, ALIGN_ONLY)
+    assert moda_attn.apply(model, ALIGN_ONLY, attention="keep").already
+    with pytest.raises(ModaValueError, match="already patched with attention 'sdpa'"):
+        moda_attn.apply(model, ALIGN_ONLY, attention="moda")
+
+
 def test_dropout_is_refused():
     model = tiny.build()
     moda_attn.apply(model)

@@ -429,6 +429,25 @@ def test_a_bad_row_stays_alone():
         assert torch.equal(out, clean)
 
 
+@pytest.mark.parametrize("combine", ["joint", "split"])
+@pytest.mark.parametrize("poison", [torch.nan, 3e38])
+def test_what_padding_holds_reaches_nothing(combine: str, poison: float):
+    x, y = attention_inputs(torch.float32, combine), align_inputs(torch.float32)
+    hidden = (MODALITY < 0)[:, None, :, None]
+    for operator, inputs, names in (
+        (F.modular_attention, x, ("query", "key", "value")),
+        (F.duplex_align, y, ("key", "value")),
+    ):
+        dirty = {**inputs, **{name: inputs[name].masked_fill(hidden, poison) for name in names}}
+        clean = {**inputs, **{name: inputs[name].masked_fill(hidden, 0) for name in names}}
+        (got, *others), gradients = run(operator, dirty)
+        (wanted, *wanted_others), wanted_gradients = run(operator, clean)
+        # Alignment passes padding keys through as they are; the loss weighs them, their gradient is the upstream one.
+        assert torch.equal(got.masked_fill(hidden, 0), wanted.masked_fill(hidden, 0))
+        for a, b in zip((*others, *gradients.values()), (*wanted_others, *wanted_gradients.values()), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     before = torch.get_num_threads()
     ids = torch.randint(-1, 3, (2, 300))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ModaRuntimeError, ModaValueError
 from ..layer import ModaLayer
+from .interface import NAME
 from .seam import CacheSeam
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ def _patched(cls: type) -> type:
             if call is None:
                 raise ModaRuntimeError(
                     "a patched attention was called without modality ids: call the model or its core, not the decoder"
+                )
+            config, implementation = self.moda_runtime.config, self.config._attn_implementation
+            if config is not None and config.changes_attention and implementation != NAME:
+                raise ModaRuntimeError(
+                    f"the attention implementation was set to {implementation!r} after the patch, which would drop the "
+                    f'modular mask; set it back to "{NAME}", or call moda_attn.remove'
                 )
             call.entered.add(self.layer_idx)
             seam = CacheSeam(self.moda, call, past_key_values)

@@ -77,6 +77,9 @@ def apply(model: nn.Module, config: ModaConfig | None = None, *, attention: str 
     if runtime is not None:
         if runtime.config != config:
             raise ModaValueError(f"the model is already patched with {runtime.config}; call moda_attn.remove first")
+        current = _get_attention(model, runtime.family)
+        if attention is not None and _uses_kernel(config, attention) != (current == NAME):
+            raise ModaValueError(f"already patched with attention {current!r}; call moda_attn.remove first")
         return _report(model, runtime, already=True)
     family = family_of(model)
     use_kernel = _uses_kernel(config, attention)
@@ -112,6 +115,8 @@ def runtime_of(model: nn.Module) -> Runtime | None:
 @contextmanager
 def watching(model: nn.Module) -> Iterator[Runtime]:
     """Have the text decoder use our attention function inside the block, whatever state the model is in."""
+    if hasattr(model, "peft_config"):
+        model = model.get_base_model()
     runtime = runtime_of(model)
     if runtime is None:
         family = family_of(model)

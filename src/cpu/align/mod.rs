@@ -12,8 +12,7 @@ use crate::problem::{AlignGradients, AlignOutputs, AlignProblem, AlignUpstream};
 /// Tokens that are packed and multiplied at a time.
 const TOKENS: usize = 128;
 
-/// Aligned keys and the bases (paper, equations 5 and 6).
-pub fn forward<T: Element<Acc: CpuReal>>(
+pub(super) fn forward<T: Element<Acc: CpuReal>>(
     exec: Exec,
     problem: &AlignProblem<'_, T>,
     outputs: &mut AlignOutputs<'_, T>,
@@ -21,8 +20,7 @@ pub fn forward<T: Element<Acc: CpuReal>>(
     with_token!(exec, T::Acc, s => forward::run(s, exec.threads, problem, outputs))
 }
 
-/// Gradients through unit keys, basis, row norm and fusion.
-pub fn backward<T: Element<Acc: CpuReal>>(
+pub(super) fn backward<T: Element<Acc: CpuReal>>(
     exec: Exec,
     problem: &AlignProblem<'_, T>,
     upstream: &AlignUpstream<'_, T>,

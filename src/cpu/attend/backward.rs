@@ -39,9 +39,13 @@ where
     if let Some(bias) = &mut gradients.bias {
         bias.as_mut_slice().fill(T::Acc::ZERO);
     }
-    if units == 0 || sizes.group == 0 || sizes.queries == 0 {
+    if units == 0 || sizes.group == 0 || sizes.queries == 0 || sizes.keys == 0 {
+        gradients.query.as_mut_slice().fill(T::default());
         gradients.key.as_mut_slice().fill(T::default());
         gradients.value.as_mut_slice().fill(T::default());
+        if let Some(sink) = &mut gradients.sink {
+            sink.as_mut_slice().fill(T::Acc::ZERO);
+        }
         return Ok(());
     }
     let heads = sizes.group.div_ceil(TASKS.div_ceil(units).min(sizes.group));

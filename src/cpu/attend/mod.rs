@@ -11,8 +11,7 @@ use crate::dtype::Element;
 use crate::error::Result;
 use crate::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream};
 
-/// Output, logsumexp and mass (paper, equations 7 to 10).
-pub fn forward<T: Element<Acc: CpuReal>>(
+pub(super) fn forward<T: Element<Acc: CpuReal>>(
     exec: Exec,
     problem: &AttendProblem<'_, T>,
     outputs: &mut AttendOutputs<'_, T>,
@@ -20,8 +19,7 @@ pub fn forward<T: Element<Acc: CpuReal>>(
     with_token!(exec, T::Acc, s => forward::run(s, exec.threads, problem, outputs))
 }
 
-/// Gradients, the probabilities recomputed from the logsumexp.
-pub fn backward<T: Element<Acc: CpuReal>>(
+pub(super) fn backward<T: Element<Acc: CpuReal>>(
     exec: Exec,
     problem: &AttendProblem<'_, T>,
     upstream: &AttendUpstream<'_, T>,

@@ -46,8 +46,11 @@ impl<R> Avx512<R> {
     }
 }
 
+/// A function of its own for every task, so that big tasks are compiled once.
+///
 /// # Safety
 /// The CPU must have the instructions.
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
 unsafe fn with_instructions<K: Task>(task: K) -> K::Output {
     task.run()

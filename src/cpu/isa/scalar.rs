@@ -30,7 +30,7 @@ impl<R: CpuReal> Simd for Scalar<R> {
     const LANES: usize = LANES;
     const TALL: usize = 4;
 
-    #[inline(always)]
+    #[inline(never)]
     fn vectorize<K: Task>(self, task: K) -> K::Output {
         task.run()
     }

@@ -66,8 +66,15 @@ pub(crate) unsafe fn softmax<S: Simd>(
             s.store(scores.add(at), x);
             top = s.max(top, x);
         }
-        let top = s.largest(top);
+        let tops = top;
+        let top = s.largest(tops);
         if top == S::Real::NEG_INFINITY {
+            // `largest` may lose a NaN beside lanes that are hidden; their sum cannot. Such a row is NaN, not unseen.
+            let sum = s.sum(tops);
+            if sum != S::Real::NEG_INFINITY {
+                running.seen = true;
+                running.total += sum;
+            }
             clear(s, scores, 0, reach);
             return S::Real::ZERO;
         }
