@@ -1,7 +1,7 @@
 //! CPU kernels: tiled, recomputing backward, memory linear in N, bitwise the same result for any number of threads.
 //!
 //! [`simd`] is the trait an instruction set implements, [`isa`] the implementations, [`kernel`] the inner loops written
-//! once over the trait, [`align`] and [`attend`] the two operators.
+//! once over the trait, `align` and `attend` the two operators.
 
 mod align;
 mod attend;
