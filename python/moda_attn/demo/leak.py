@@ -47,14 +47,14 @@ def train_unknowable(context: str, parts: dict[str, Digits], tokenizer: WordToke
     recipe = replace(recipe, kinds=(UNKNOWABLE,))
     model = build_model(tokenizer, recipe.seed)
     moda_attn.apply(model, moda_attn.ModaConfig(context=context))
-    log = train(model, parts["train"], tokenizer, recipe, f'unknowable ink, context="{context}"')
+    losses = train(model, parts["train"], tokenizer, recipe, f'unknowable ink, context="{context}"')
     questions = ask_all(parts["test"], recipe.seed + 2, recipe.kinds)
     forced = teacher_forced(model, questions, parts["test"], tokenizer)
     said = generate_answers(model, questions, parts["test"], tokenizer)
     right = [answer == question.answer for answer, question in zip(said, questions, strict=True)]
     return UnknowableRun(
         # The batch loss averages the colour and the end mark, and the end mark is learned in a few steps.
-        losses=[2 * loss for loss in log.losses],
+        losses=[2 * loss for loss in losses],
         forced=scores_by_kind(questions, forced.right)[UNKNOWABLE],
         forced_loss=forced.loss,
         generated=scores_by_kind(questions, right)[UNKNOWABLE],

@@ -69,11 +69,13 @@ def draw(run: DemoRun, path: Path) -> None:
 
 def _subtitle(run: DemoRun) -> str:
     plain, moda = run.models["unpatched"], run.models["moda"]
-    return (
-        f"{plain.parameters:,} parameters unpatched, {moda.parameters:,} with MODA  ·  {run.recipe.steps} steps of"
-        f" {run.recipe.batch_size}, same seed  ·  {plain.step_ms:.0f} and {moda.step_ms:.0f} ms a step"
-        f"  ·  {len(run.test)} held-out scans"
+    facts = (
+        f"{plain.parameters:,} parameters unpatched, {moda.parameters:,} with MODA",
+        f"{run.recipe.steps} steps of {run.recipe.batch_size}, same seed",
+        f"{run.step_ms['unpatched']:.0f} and {run.step_ms['moda']:.0f} ms forward and backward",
+        f"{len(run.test)} held-out scans",
     )
+    return "  ·  ".join(facts)
 
 
 def _draw_answers(figure, slot, run: DemoRun) -> None:

@@ -15,11 +15,12 @@ import moda_attn
 
 from ..analysis import BalanceReport, attention_balance
 from . import leak
-from .data import KINDS, SPLIT_SIZES, Digits, Question, ask_all, load_digits, training_batch
+from .data import KINDS, SPLIT_SIZES, Digits, Question, ask_all, load_digits, training_batch, training_stream
 from .evaluate import Score, generate_answers, scores_by_kind, teacher_forced, text_only_ceiling
 from .model import build_model
+from .timing import alternating_step_ms
 from .tokenizer import WordTokenizer
-from .train import Recipe, TrainingLog, train
+from .train import Recipe, train
 
 EXAMPLES = 8
 
@@ -29,7 +30,6 @@ class ModelResult:
     """What was measured on one model; ``generated`` and ``forced`` hold a `Score` per kind of question."""
 
     parameters: int
-    step_ms: float | None
     generated: dict[str, Score]
     forced: dict[str, Score]
     said: list[str]
@@ -38,7 +38,6 @@ class ModelResult:
     def to_dict(self) -> dict[str, Any]:
         return {
             "parameters": self.parameters,
-            "median_step_ms": self.step_ms,
             "generated": {kind: score.to_dict() for kind, score in self.generated.items()},
             "teacher_forced": {kind: score.to_dict() for kind, score in self.forced.items()},
             "balance": self.balance.to_dict(),
@@ -55,12 +54,16 @@ class Example:
 
 @dataclass(frozen=True)
 class DemoRun:
-    """Everything the picture, the table and results.json show."""
+    """Everything the picture, the table and results.json show.
+
+    `step_ms` holds the median time of forward and backward of a batch for "unpatched" and "moda".
+    """
 
     recipe: Recipe
     test: Digits
     text_only: dict[str, float]
     models: dict[str, ModelResult]
+    step_ms: dict[str, float]
     examples: list[Example]
     unknowable: dict[str, leak.UnknowableRun]
     seconds: float
@@ -69,6 +72,7 @@ class DemoRun:
         return {
             "environment": {
                 "moda_attn": moda_attn.__version__,
+                "instruction_set": moda_attn.build_info()["isa"],
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "machine": platform.machine(),
@@ -78,6 +82,7 @@ class DemoRun:
             "split": SPLIT_SIZES,
             "recipe": asdict(self.recipe),
             "text_only_ceiling": self.text_only,
+            "step_ms": self.step_ms,
             "models": {name: result.to_dict() for name, result in self.models.items()},
             "examples": [asdict(example) for example in self.examples],
             "unknowable": {
@@ -96,7 +101,7 @@ class DemoRun:
         }
 
 
-class Session:
+class Experiment:
     """The data, the recipe and the questions that every model of a run shares."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -105,14 +110,15 @@ class Session:
         self.parts = load_digits()
         self.questions = ask_all(self.parts["test"], recipe.seed + 1)
 
-    def train_model(self, title: str, config: moda_attn.ModaConfig | None) -> tuple[torch.nn.Module, TrainingLog]:
+    def train_model(self, title: str, config: moda_attn.ModaConfig | None) -> torch.nn.Module:
         """A model from the common seed, patched with ``config`` (None: left as it is), trained by the common recipe."""
         model = build_model(self.tokenizer, self.recipe.seed)
         if config is not None:
             moda_attn.apply(model, config)
-        return model, train(model, self.parts["train"], self.tokenizer, self.recipe, title)
+        train(model, self.parts["train"], self.tokenizer, self.recipe, title)
+        return model
 
-    def measure(self, model: torch.nn.Module, step_ms: float | None) -> ModelResult:
+    def measure(self, model: torch.nn.Module) -> ModelResult:
         """Accuracy both ways and the attention balance on the test part."""
         digits = self.parts["test"]
         forced = teacher_forced(model, self.questions, digits, self.tokenizer)
@@ -120,12 +126,17 @@ class Session:
         right = [answer == question.answer for answer, question in zip(said, self.questions, strict=True)]
         return ModelResult(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            step_ms=step_ms,
             generated=scores_by_kind(self.questions, right),
             forced=scores_by_kind(self.questions, forced.right),
             said=said,
             balance=attention_balance(model, **training_batch(self.questions, digits, self.tokenizer)),
         )
+
+    def time_steps(self, unpatched: torch.nn.Module, moda: torch.nn.Module) -> dict[str, float]:
+        """Median time of a step of both, on a batch as large as the training's."""
+        questions = next(training_stream(self.parts["train"], self.recipe.batch_size, 1, self.recipe.seed))
+        batch = training_batch(questions, self.parts["train"], self.tokenizer)
+        return alternating_step_ms({"unpatched": unpatched, "moda": moda}, batch)
 
     def examples(self, models: dict[str, ModelResult]) -> list[Example]:
         """The first scans of the test part, the kinds taking turns: nothing is picked by its outcome."""
@@ -140,32 +151,30 @@ class Session:
 def run_demo(recipe: Recipe, leak_steps: int = leak.STEPS) -> DemoRun:
     """Trains and measures everything; the same recipe on the same machine gives the same numbers, times aside."""
     began = time.perf_counter()
-    session = Session(recipe)
-    models = {}
-
-    model, log = session.train_model("unpatched", None)
-    models["unpatched"] = session.measure(model, log.median_step_ms)
+    experiment = Experiment(recipe)
+    trained = {
+        "unpatched": experiment.train_model("unpatched", None),
+        "moda": experiment.train_model("MODA", moda_attn.ModaConfig()),
+        "leaky": experiment.train_model('MODA, context="all"', moda_attn.ModaConfig(context="all")),
+    }
+    models = {name: experiment.measure(model) for name, model in trained.items()}
+    step_ms = experiment.time_steps(trained["unpatched"], trained["moda"])
     # What the patch alone does to a model that was trained without it.
-    moda_attn.apply(model, moda_attn.ModaConfig())
-    models["patched_untrained"] = session.measure(model, None)
-    for name, title, config in (
-        ("moda", "MODA", moda_attn.ModaConfig()),
-        ("leaky", 'MODA, context="all"', moda_attn.ModaConfig(context="all")),
-    ):
-        model, log = session.train_model(title, config)
-        models[name] = session.measure(model, log.median_step_ms)
+    moda_attn.apply(trained["unpatched"], moda_attn.ModaConfig())
+    models["patched_untrained"] = experiment.measure(trained["unpatched"])
 
     short = replace(recipe, steps=leak_steps)
     unknowable = {
-        context: leak.train_unknowable(context, session.parts, session.tokenizer, short)
+        context: leak.train_unknowable(context, experiment.parts, experiment.tokenizer, short)
         for context in ("prompt", "all")
     }
     return DemoRun(
         recipe=recipe,
-        test=session.parts["test"],
-        text_only=text_only_ceiling(session.questions),
+        test=experiment.parts["test"],
+        text_only=text_only_ceiling(experiment.questions),
         models=models,
-        examples=session.examples(models),
+        step_ms=step_ms,
+        examples=experiment.examples(models),
         unknowable=unknowable,
         seconds=time.perf_counter() - began,
     )

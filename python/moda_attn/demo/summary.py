@@ -34,7 +34,8 @@ def _accuracy(run: DemoRun) -> list[str]:
         *lines,
         "  * the best any rule could do on these very questions from the words alone",
         f"  unpatched against MODA: {verdict}",
-        f"  median time a step: {plain.step_ms:.1f} ms unpatched, {moda.step_ms:.1f} ms with MODA",
+        f"  forward and backward of {run.recipe.batch_size} questions, taking turns, median:"
+        f" {run.step_ms['unpatched']:.1f} ms unpatched, {run.step_ms['moda']:.1f} ms with MODA",
     ]
 
 

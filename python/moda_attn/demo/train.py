@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
@@ -33,18 +31,6 @@ class Recipe:
         return self.learning_rate * min(1.0, risen / self.warmup, left / self.decay)
 
 
-@dataclass
-class TrainingLog:
-    """Loss of every step and the wall-clock seconds each took, data and optimizer included."""
-
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def median_step_ms(self) -> float:
-        return 1e3 * statistics.median(self.seconds)
-
-
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay for the matrices of the base model only.
 
@@ -56,18 +42,20 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def train(model, digits: Digits, tokenizer: WordTokenizer, recipe: Recipe, title: str) -> TrainingLog:
-    """Trains ``model`` in place behind a progress bar; the same recipe and start give the same weights."""
+def train(model, digits: Digits, tokenizer: WordTokenizer, recipe: Recipe, title: str) -> list[float]:
+    """Trains ``model`` in place behind a progress bar and returns the loss of every step.
+
+    The same recipe and the same start give the same weights.
+    """
     optimizer = torch.optim.AdamW(
         parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.98)
     )
     noise = torch.Generator().manual_seed(recipe.seed)
     stream = training_stream(digits, recipe.batch_size, recipe.steps, recipe.seed, recipe.kinds)
-    log = TrainingLog()
+    losses: list[float] = []
     model.train()
-    bar = tqdm(stream, total=recipe.steps, desc=title, unit="step", dynamic_ncols=True)
+    bar = tqdm(stream, total=recipe.steps, desc=title, unit="step", dynamic_ncols=True, mininterval=0.5)
     for step, questions in enumerate(bar):
-        began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         batch = training_batch(questions, digits, tokenizer)
@@ -78,9 +66,8 @@ def train(model, digits: Digits, tokenizer: WordTokenizer, recipe: Recipe, title
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        log.losses.append(loss.item())
-        log.seconds.append(time.perf_counter() - began)
+        losses.append(loss.item())
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{log.losses[-1]:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     model.eval()
-    return log
+    return losses
