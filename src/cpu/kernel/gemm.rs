@@ -127,13 +127,6 @@ unsafe fn block<S: Simd, const ROWS: usize, const VECTORS: usize>(
     // SAFETY: all pointers stay inside the operands, by the contract of `gemm`.
     unsafe {
         let mut sums = [[s.zero(); VECTORS]; ROWS];
-        if c.accumulate {
-            for (row, sums) in sums.iter_mut().enumerate() {
-                for (v, sum) in sums.iter_mut().enumerate() {
-                    *sum = s.load(c.pointer.add(row * c.row_stride + v * S::LANES));
-                }
-            }
-        }
         for p in 0..depth {
             let mut right = [s.zero(); VECTORS];
             for (v, right) in right.iter_mut().enumerate() {
@@ -148,7 +141,9 @@ unsafe fn block<S: Simd, const ROWS: usize, const VECTORS: usize>(
         }
         for (row, sums) in sums.iter().enumerate() {
             for (v, &sum) in sums.iter().enumerate() {
-                s.store(c.pointer.add(row * c.row_stride + v * S::LANES), sum);
+                let target = c.pointer.add(row * c.row_stride + v * S::LANES);
+                // What was there is added last: a long sum then rounds once a block at its full size, not once a product.
+                s.store(target, if c.accumulate { s.add(s.load(target), sum) } else { sum });
             }
         }
     }
