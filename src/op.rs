@@ -1,4 +1,4 @@
-//! The public operators: a validated problem in, results written. Each picks the kernel ([`dispatch`](crate::dispatch))
+//! The public operators: a validated problem in, results written. Each picks the kernel ([`crate::dispatch`])
 //! and runs it on `threads` threads; the result is bitwise the same for every number of them.
 
 use crate::cpu::{CpuElement, Exec};

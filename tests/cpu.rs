@@ -11,7 +11,7 @@ use moda_attn::cpu::{CpuElement, Exec};
 use moda_attn::dispatch::Isa;
 
 /// Random cases of a few tokens for every instruction set.
-const CASES: u64 = 40;
+const CASES: u64 = 120;
 
 fn available() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| {

@@ -1,7 +1,7 @@
 //! CPU kernels: tiled, recomputing backward, memory linear in N, bitwise the same result for any number of threads.
 //!
 //! [`simd`] is the trait an instruction set implements, [`isa`] the implementations, [`kernel`] the inner loops written
-//! once over the trait, [`align`] and [`attend`] the two operators.
+//! once over the trait, `align` and `attend` the two operators.
 
 mod align;
 mod attend;
@@ -12,7 +12,6 @@ pub mod parallel;
 mod real;
 pub mod simd;
 
-use crate::dispatch::Isa;
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::problem::{
@@ -20,6 +19,7 @@ use crate::problem::{
     AttendUpstream,
 };
 use half::{bf16, f16};
+pub use isa::Isa;
 pub use real::CpuReal;
 
 /// Calls a generic function with the token of the instruction set that `exec` names.
@@ -31,12 +31,12 @@ macro_rules! with_token {
         let _ = unavailable;
         match $exec.isa {
             #[cfg(target_arch = "x86_64")]
-            $crate::dispatch::Isa::Avx512 => {
+            $crate::cpu::isa::Isa::Avx512 => {
                 let $s = <$real>::avx512().expect(unavailable);
                 $body
             }
             #[cfg(target_arch = "x86_64")]
-            $crate::dispatch::Isa::Avx2 => {
+            $crate::cpu::isa::Isa::Avx2 => {
                 let $s = <$real>::avx2().expect(unavailable);
                 $body
             }

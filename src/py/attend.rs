@@ -53,16 +53,15 @@ impl Inputs<'_> {
     fn tokens<T: Element>(&self) -> Result<Tokens> {
         let modalities = self.bias::<T>()?.map_or(MAX_MODALITIES, |bias| bias.shape()[2]);
         let keys = Ids::read("modality", self.modality, modalities)?;
-        let queries = match self.query_modality {
-            Some(ids) => Ids::read("query_modality", ids, modalities)?,
-            None => {
-                let nq = self.query::<T>()?.shape()[2];
-                keys.last(nq).ok_or_else(|| Error::Shape {
-                    argument: "modality",
-                    given: print_shape(&keys.shape()),
-                    wanted: format!("(B, Nk) with Nk >= Nq = {nq}, or query_modality (B, Nq) given"),
-                })?
-            }
+        let queries = if let Some(ids) = self.query_modality {
+            Ids::read("query_modality", ids, modalities)?
+        } else {
+            let nq = self.query::<T>()?.shape()[2];
+            keys.last(nq).ok_or_else(|| Error::Shape {
+                argument: "modality",
+                given: print_shape(&keys.shape()),
+                wanted: format!("(B, Nk) with Nk >= Nq = {nq}, or query_modality (B, Nq) given"),
+            })?
         };
         Ok(Tokens { keys, queries })
     }

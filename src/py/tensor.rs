@@ -16,6 +16,7 @@ pub(super) struct Tensor(Owned);
 impl Tensor {
     /// A tensor of zeros; `dtype` is the name of a floating dtype.
     #[staticmethod]
+    #[allow(clippy::needless_pass_by_value, reason = "what a Python tuple converts to")]
     fn zeros(shape: Vec<usize>, dtype: &str) -> PyResult<Self> {
         let floats = [DType::Float16, DType::BFloat16, DType::Float32, DType::Float64];
         let found = floats.into_iter().find(|known| known.name() == dtype);

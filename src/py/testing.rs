@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 
 /// Panics inside the guard that every operator runs in. For the tests only.
 #[pyfunction]
-pub(super) fn _panic_for_test(py: Python<'_>, message: String) -> PyResult<()> {
+pub(super) fn _panic_for_test(py: Python<'_>, message: &str) -> PyResult<()> {
     compute(py, || panic!("{message}"))
 }
 

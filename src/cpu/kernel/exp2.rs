@@ -29,8 +29,8 @@ pub(crate) fn exp2_one<S: Simd>(s: S, x: S::Real) -> S::Real {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::isa::Isa;
     use crate::cpu::{Exec, with_token};
-    use crate::dispatch::Isa;
 
     fn worst<R: CpuReal>(exec: Exec) -> f64 {
         with_token!(exec, R, s => {

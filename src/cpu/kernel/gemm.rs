@@ -158,8 +158,8 @@ unsafe fn block<S: Simd, const ROWS: usize, const VECTORS: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::isa::Isa;
     use crate::cpu::{CpuReal, Exec, with_token};
-    use crate::dispatch::Isa;
 
     fn check<R: CpuReal>(exec: Exec) {
         with_token!(exec, R, s => {

@@ -1,0 +1,51 @@
+# Everything a contributor needs; each target builds what it uses. `make demo` and `make test` work from a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find src python -name '*.rs' -o -name '*.py' -o -name '*.pyi') Cargo.toml Cargo.lock pyproject.toml
+
+.PHONY: build demo test check fix bench clean
+
+build: $(VENV)/.wheel
+
+# The libraries: named in pyproject.toml, as the extras of the package and the group of its developers.
+$(VENV)/.libraries: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+# The package itself, as users get it: a wheel.
+$(VENV)/.wheel: $(VENV)/.libraries $(SOURCES)
+	rm -rf $(VENV)/dist
+	$(BIN)/maturin build --release --locked --quiet --interpreter $(BIN)/python --out $(VENV)/dist
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall $(VENV)/dist/*.whl
+	touch $@
+
+demo: build
+	$(BIN)/moda-attn demo --out .demo
+
+test: build
+	cargo test --locked --no-default-features
+	$(BIN)/python -m pytest -q
+
+check: build
+	cargo fmt --check
+	cargo clippy --locked --no-default-features --all-targets -- -D warnings
+	cargo clippy --locked --features python -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-default-features --no-deps --quiet
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest moda_attn._native
+
+fix:
+	cargo fmt
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: build
+	$(BIN)/moda-attn bench
+
+clean:
+	rm -rf target $(VENV) .demo

@@ -1,0 +1,5 @@
+"""``moda-attn bench``: the full operator against what stock PyTorch offers, side by side in one process."""
+
+from .race import main
+
+__all__ = ["main"]
