@@ -241,8 +241,10 @@ def judge(name: str, arguments: dict[str, Any], dtype: torch.dtype, **options: A
     for result, tensor in got.items():
         leaf = arguments.get(result.removeprefix("d_"))
         assert tensor.dtype == (leaf.dtype if leaf is not None else tensor.dtype)
+        coarser = min(dtype, tensor.dtype, key=lambda d: d.itemsize)
         beside = None if eager is None else eager[result]
-        kind = {"gradient": leaf is not None, "dtype": dtype, "scale": scales.get(result, 0.0)}
+        kind = {"gradient": leaf is not None, "dtype": coarser, "scale": scales.get(result, 0.0)}
+        # The half dtypes are computed with in float32: there one rounding is that of the result.
         kind["roundings"] = 1.0 if dtype.itemsize == 2 else arguments["key"].shape[-1] ** 0.5
         verdicts.append(verdict(tensor, truth[result], name=result, eager=beside, **kind))
     return verdicts

@@ -28,9 +28,7 @@ def shapes(draw: st.DrawFn) -> Case:
     """What both operators share; the long problems have few heads, so that each stays affordable."""
     length = draw(st.one_of(st.sampled_from(LENGTHS), st.integers(1, 1100)))
     room = SCORES // length**2
-    batch, heads = draw(
-        st.sampled_from([(b, h) for b in (1, 2, 3) for h in HEADS if b * h[0] <= max(room, 1)])
-    )
+    batch, heads = draw(st.sampled_from([(b, h) for b in (1, 2, 3) for h in HEADS if b * h[0] <= max(room, 1)]))
     products = length**2 * batch * heads[0]
     return Case(
         length=length,
