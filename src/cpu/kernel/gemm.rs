@@ -1,7 +1,7 @@
 //! The one matrix product of every kernel: C (+)= A B on tiles that lie in a worker's cache.
 //!
 //! A is read element by element through two strides, so it may be transposed; B is read in vectors along its rows.
-//! Every element of C is one chain of fused multiply-adds over the depth, whatever the tile it falls in.
+//! Every product is one chain of fused multiply-adds over the depth, whatever the tile it falls in, then added to C.
 
 use crate::cpu::simd::{Simd, Task};
 
@@ -127,13 +127,6 @@ unsafe fn block<S: Simd, const ROWS: usize, const VECTORS: usize>(
     // SAFETY: all pointers stay inside the operands, by the contract of `gemm`.
     unsafe {
         let mut sums = [[s.zero(); VECTORS]; ROWS];
-        if c.accumulate {
-            for (row, sums) in sums.iter_mut().enumerate() {
-                for (v, sum) in sums.iter_mut().enumerate() {
-                    *sum = s.load(c.pointer.add(row * c.row_stride + v * S::LANES));
-                }
-            }
-        }
         for p in 0..depth {
             let mut right = [s.zero(); VECTORS];
             for (v, right) in right.iter_mut().enumerate() {
@@ -148,7 +141,9 @@ unsafe fn block<S: Simd, const ROWS: usize, const VECTORS: usize>(
         }
         for (row, sums) in sums.iter().enumerate() {
             for (v, &sum) in sums.iter().enumerate() {
-                s.store(c.pointer.add(row * c.row_stride + v * S::LANES), sum);
+                let at = c.pointer.add(row * c.row_stride + v * S::LANES);
+                // Added last: a long sum made of short ones rounds less than one long chain.
+                s.store(at, if c.accumulate { s.add(s.load(at), sum) } else { sum });
             }
         }
     }
