@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,13 +40,10 @@ class DuplexAligner(nn.Module):
         self.config = config
         self.head_dim = head_dim
         self.align_ids = config.align_ids
-        self.fuser: nn.Module | None = None
-        self.maps: nn.ModuleList | None = None
-        where = {"dtype": dtype, "device": device}
-        if self.align_ids:
-            self.fuser = _fuser(config, head_dim, where)
-            if config.aligner != "basis":
-                self.maps = nn.ModuleList(_mlp(config.aligner, head_dim, where) for _ in self.align_ids)
+        where: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.fuser = _fuser(config, head_dim, where) if self.align_ids else None
+        by_mlp = bool(self.align_ids) and config.aligner != "basis"
+        self.maps = nn.ModuleList(_mlp(config.aligner, head_dim, where) for _ in self.align_ids) if by_mlp else None
 
     def forward(
         self,
@@ -65,18 +64,20 @@ class DuplexAligner(nn.Module):
             The aligned keys, and the basis, None where the configuration needs none.
         """
         kind = self.config.basis
-        if self.fuser is None or self.maps is not None:
-            if self.config.needs_basis and basis is None:
-                basis = self._basis_alone(key, value, modality, context)
-            return (key if self.fuser is None else self._align_by_mlp(key, modality)), basis
-        keep, mix = self._tables(key)
-        return F.duplex_align(key, value, modality, keep, mix, kind=kind, context=context, basis=basis, eps=EPS)
+        if self.fuser is not None and self.maps is None:
+            keep, mix = self._tables(key, self.fuser)
+            return F.duplex_align(key, value, modality, keep, mix, kind=kind, context=context, basis=basis, eps=EPS)
+        if self.config.needs_basis and basis is None:
+            basis = self._basis_alone(key, value, modality, context)
+        if self.fuser is None or self.maps is None:
+            return key, basis
+        return self._align_by_mlp(key, modality, self.fuser, self.maps), basis
 
-    def _tables(self, key: Tensor) -> tuple[Tensor, Tensor]:
+    def _tables(self, key: Tensor, fuser: nn.Module) -> tuple[Tensor, Tensor]:
         """keep and mix for every modality, (M, D, D)."""
         dtype = compute_dtype(key.dtype)
         with full_precision(key):
-            keep, mix = self.fuser()
+            keep, mix = fuser()
         eye = torch.eye(self.head_dim, dtype=dtype, device=key.device)
         zero = torch.zeros_like(eye)
         rows = {m: (keep[row].to(dtype), mix[row].to(dtype)) for row, m in enumerate(self.align_ids)}
@@ -86,25 +87,24 @@ class DuplexAligner(nn.Module):
     def _basis_alone(self, key: Tensor, value: Tensor, modality: Tensor, context: Tensor | None) -> Tensor:
         dtype = compute_dtype(key.dtype)
         nothing = torch.zeros(self.config.num_modalities, self.head_dim, self.head_dim, dtype=dtype, device=key.device)
-        return F.duplex_align(key, value, modality, nothing, nothing, kind=self.config.basis, context=context, eps=EPS)[
-            1
-        ]
+        kind = self.config.basis
+        return F.duplex_align(key, value, modality, nothing, nothing, kind=kind, context=context, eps=EPS)[1]
 
-    def _align_by_mlp(self, key: Tensor, modality: Tensor) -> Tensor:
+    def _align_by_mlp(self, key: Tensor, modality: Tensor, fuser: nn.Module, maps: nn.ModuleList) -> Tensor:
         dtype = compute_dtype(key.dtype)
         wide = key.to(dtype)
         unit = unit_rows(wide + EPS)
         aligned = wide
         with full_precision(key):
-            keep, mix = self.fuser()
+            keep, mix = fuser()
             for row, m in enumerate(self.align_ids):
-                mapped = self.maps[row](unit.to(self.maps[row][0].weight.dtype)).to(dtype)
+                mapped = maps[row](unit.to(keep.dtype)).to(dtype)
                 fused = wide @ keep[row].to(dtype) + mapped @ mix[row].to(dtype)
                 aligned = torch.where((modality == m)[:, None, :, None], fused, aligned)
         return aligned.to(key.dtype)
 
 
-def _fuser(config: ModaConfig, dim: int, where: dict) -> nn.Module:
+def _fuser(config: ModaConfig, dim: int, where: dict[str, Any]) -> nn.Module:
     count = len(config.align_ids)
     if config.fusion == "gated":
         return GatedFuser(count, dim, where)
@@ -120,7 +120,10 @@ def _fuser(config: ModaConfig, dim: int, where: dict) -> nn.Module:
 class FixedFuser(nn.Module):
     """ "aligned" (keep = 0) and "add" (keep = I), both with mix = I: nothing to train."""
 
-    def __init__(self, count: int, dim: int, where: dict, *, keep: bool):
+    keep: Tensor
+    mix: Tensor
+
+    def __init__(self, count: int, dim: int, where: dict[str, Any], *, keep: bool):
         super().__init__()
         eye = torch.eye(dim, **where).repeat(count, 1, 1)
         self.register_buffer("keep", eye if keep else torch.zeros_like(eye), persistent=False)
@@ -134,7 +137,7 @@ class FixedFuser(nn.Module):
 class ConcatFuser(nn.Module):
     """ "concat": both free, ``[k ; mapped k]`` times a 2D x D matrix; starts at keep = I, mix = 0."""
 
-    def __init__(self, count: int, dim: int, where: dict):
+    def __init__(self, count: int, dim: int, where: dict[str, Any]):
         super().__init__()
         self.keep = nn.Parameter(torch.eye(dim, **where).repeat(count, 1, 1))
         self.mix = nn.Parameter(torch.zeros(count, dim, dim, **where))
@@ -147,7 +150,7 @@ class ConcatFuser(nn.Module):
 class LowRankFuser(nn.Module):
     """ "concat" of low rank: ``keep = I + A1 B1``, ``mix = A2 B2``; B1 and B2 start at zero."""
 
-    def __init__(self, count: int, dim: int, rank: int, where: dict):
+    def __init__(self, count: int, dim: int, rank: int, where: dict[str, Any]):
         super().__init__()
         self.keep_in = nn.Parameter(torch.randn(count, dim, rank, **where) * dim**-0.5)
         self.keep_out = nn.Parameter(torch.zeros(count, rank, dim, **where))
@@ -163,7 +166,7 @@ class LowRankFuser(nn.Module):
 class GatedFuser(nn.Module):
     """ "gated", as released: ``keep = W``, ``mix = diag(r) W``; W starts at I and r at 0."""
 
-    def __init__(self, count: int, dim: int, where: dict):
+    def __init__(self, count: int, dim: int, where: dict[str, Any]):
         super().__init__()
         self.weight = nn.Parameter(torch.eye(dim, **where).repeat(count, 1, 1))
         self.gate = nn.Parameter(torch.zeros(count, dim, **where))
@@ -173,7 +176,7 @@ class GatedFuser(nn.Module):
         return self.weight, self.gate[:, :, None] * self.weight
 
 
-def _mlp(kind: str, dim: int, where: dict) -> nn.Sequential:
+def _mlp(kind: str, dim: int, where: dict[str, Any]) -> nn.Sequential:
     """The map of table 1b that stands in for the basis: unit key -> D."""
     first = nn.Linear(dim, dim, bias=False, **where)
     if kind == "mlp":

@@ -101,7 +101,7 @@ class ModaConfig:
 
     def layer_indices(self, count: int) -> tuple[int, ...]:
         """The indices of the layers to patch in a model of `count` layers."""
-        if self.layers == "all":
+        if isinstance(self.layers, str):
             return tuple(range(count))
         if max(self.layers, default=-1) >= count:
             raise ModaValueError(f"layers = {self.layers}, but the model has {count} layers, 0 .. {count - 1}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ class ModaLayer(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        where = {"dtype": dtype, "device": device}
+        where: dict[str, Any] = {"dtype": dtype, "device": device}
         self.config = config
         self.aligner = DuplexAligner(config, head_dim, **where)
         self.mask = ModularMask(config, num_heads, num_kv_heads, head_dim, **where) if config.mask != "none" else None
@@ -54,7 +56,7 @@ class ModaLayer(nn.Module):
         if state is not None:
             return self.aligner(key, value, modality, basis=state.basis)[0], state.extended(modality)
         aligned, basis = self.aligner(key, value, modality, context=context)
-        affinity = basis_affinity(basis) if self.prior is not None else None
+        affinity = basis_affinity(basis) if self.prior is not None and basis is not None else None
         return aligned, LayerState(modality, basis, affinity)
 
 
@@ -67,7 +69,7 @@ def attend(
     *,
     scale: float,
     return_mass: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Modular causal attention of the last Nq tokens to all N.
 
     Args:
@@ -75,10 +77,13 @@ def attend(
         query: (B, Hq, Nq, D); key, value: (B, Hkv, N, D), aligned.
         state: of the N keys.
         scale: of the scores.
-        return_mass: also return the attention mass (B, Hq, Nq, 3).
+        return_mass: also return the attention mass.
+
+    Returns:
+        The output (B, Hq, Nq, D), and the attention mass (B, Hq, Nq, 3), None where it was not asked for.
     """
     rows = query.shape[2]
-    options: dict = {}
+    options: dict[str, Any] = {"scale": scale}
     if layer is not None:
         options["combine"] = layer.config.combine
         if layer.mask is not None:
@@ -86,4 +91,6 @@ def attend(
             options["sink"] = layer.mask(query, query_modality, state.position[:, -rows:], scale)
         if layer.prior is not None:
             options["modality_bias"] = layer.prior(state.affinity)
-    return F.modular_attention(query, key, value, state.modality, scale=scale, return_mass=return_mass, **options)
+    if return_mass:
+        return F.modular_attention(query, key, value, state.modality, return_mass=True, **options)
+    return F.modular_attention(query, key, value, state.modality, **options), None

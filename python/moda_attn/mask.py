@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ class ModularMask(nn.Module):
     With "split" there is one set for the keys of the own modality and one for the others.
     """
 
-    def __init__(self, config: ModaConfig, num_heads: int, num_kv_heads: int, head_dim: int, **where):
+    def __init__(self, config: ModaConfig, num_heads: int, num_kv_heads: int, head_dim: int, **where: Any):
         super().__init__()
         self.config = config
         self.num_heads = num_heads
@@ -70,7 +72,7 @@ class ModularMask(nn.Module):
 class LocationPrior(nn.Module):
     """A bias on scores between different modalities: a learned number per head times the likeness of their bases."""
 
-    def __init__(self, num_heads: int, **where):
+    def __init__(self, num_heads: int, **where: Any):
         super().__init__()
         self.strength = nn.Parameter(torch.zeros(num_heads, **where))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
 from torch import Tensor, nn
 
 from . import _checks as check
@@ -10,6 +13,9 @@ from .errors import ModaTypeError, ModaValueError
 from .layer import ModaLayer, attend
 from .rotary import rotate
 from .state import ModaCache
+
+if TYPE_CHECKING:
+    from ._typing import TextAttention
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -29,6 +35,12 @@ class ModaAttention(nn.Module):
     Raises:
         ModaValueError: sizes that do not fit together.
     """
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    moda: ModaLayer
 
     def __init__(
         self,
@@ -62,7 +74,7 @@ class ModaAttention(nn.Module):
         self._assemble(projections, layer, head_dim, rope_theta)
 
     def _assemble(
-        self, projections: dict[str, nn.Module], layer: ModaLayer, head_dim: int, rope_theta: float | None
+        self, projections: Mapping[str, nn.Module], layer: ModaLayer, head_dim: int, rope_theta: float | None
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
@@ -91,6 +103,7 @@ class ModaAttention(nn.Module):
         layer = getattr(attention, "moda", None)
         if layer is not None and config is not None:
             raise ModaValueError(f"{type(attention).__name__} is patched already and brings its configuration")
+        attention = cast("TextAttention", attention)
         weight = attention.k_proj.weight
         if layer is None:
             layer = ModaLayer(
@@ -154,17 +167,16 @@ class ModaAttention(nn.Module):
         key, state = self.moda(key, value, modality, context=context, state=before)
         if cache is not None:
             key, value = cache.append(key, value, state)
-        result = attend(self.moda, query, key, value, state, scale=self.scale, return_mass=return_mass)
-        out, mass = result if return_mass else (result, None)
+        out, mass = attend(self.moda, query, key, value, state, scale=self.scale, return_mass=return_mass)
         out = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
-        return (out, mass) if return_mass else out
+        return out if mass is None else (out, mass)
 
     def _positions(self, modality: Tensor, position_ids: Tensor | None, cache: ModaCache | None) -> Tensor:
         if position_ids is not None:
             check.shape("position_ids", position_ids, tuple(modality.shape), "(B, N)")
             return position_ids
         real = modality >= 0
-        before = 0
+        before: Tensor | int = 0
         if cache is not None and cache.state is not None:
             before = (cache.state.modality >= 0).sum(-1, keepdim=True)
         return (before + real.long().cumsum(-1) - 1).clamp(min=0)

@@ -10,6 +10,8 @@ float16 are computed with in float32, float64 inputs in float64.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -170,6 +172,40 @@ def _log1mexp(x: Tensor) -> Tensor:
     small = torch.where(below, x, 0.5)
     large = torch.where(below, 1.0, x)
     return torch.where(below, torch.log(-torch.expm1(-small)), torch.log1p(-torch.exp(-large)))
+
+
+@overload
+def modular_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    modality: Tensor,
+    *,
+    query_modality: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    sink: Tensor | None = None,
+    modality_bias: Tensor | None = None,
+    combine: str = "joint",
+    return_mass: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def modular_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    modality: Tensor,
+    *,
+    query_modality: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    sink: Tensor | None = None,
+    modality_bias: Tensor | None = None,
+    combine: str = "joint",
+    return_mass: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def modular_attention(

@@ -39,7 +39,9 @@ class LayerState:
     def rows(self, pick: Callable[[Tensor], Tensor]) -> LayerState:
         """The state with `pick` applied along the batch dimension of every tensor."""
         return LayerState(
-            *(None if tensor is None else pick(tensor) for tensor in (self.modality, self.basis, self.affinity))
+            pick(self.modality),
+            None if self.basis is None else pick(self.basis),
+            None if self.affinity is None else pick(self.affinity),
         )
 
 

@@ -41,7 +41,7 @@ def build_model(tokenizer: WordTokenizer, seed: int) -> LlavaForConditionalGener
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.image_id,
+        image_token_index=tokenizer.image_id,
         image_seq_length=4,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,8 @@ PLAIN, MODA, LEAKY = "#6C7A91", "#0B7A75", "#D1602A"
 WRONG = "#B3261E"
 ANSWERERS = (("unpatched", "unpatched", PLAIN), ("moda", "MODA", MODA), ("leaky", 'with "all"', LEAKY))
 SELF, CROSS, PSEUDO = "#2F5D8A", "#E3A23C", "#D5DAE1"
-STYLE = {
+# Any: matplotlib types the keys as the literal names of its newest release.
+STYLE: dict[Any, object] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": INK,

@@ -36,7 +36,8 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
     MODA's parameters carry meaning at their start (keep = I, ALiBi slopes, base): decaying them to zero would undo it.
     """
-    decayed, free = [], []
+    decayed: list[torch.nn.Parameter] = []
+    free: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (free if parameter.ndim < 2 or ".moda." in name else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -13,22 +13,25 @@ from .interface import NAME
 from .seam import CacheSeam
 
 if TYPE_CHECKING:
+    from .._typing import PatchedAttention
     from .runtime import Runtime
 
 
 def patch_attention(attention: nn.Module, layer: ModaLayer | None, runtime: Runtime) -> None:
     """Swap the class of `attention`; its parameters keep their names, new ones go into the submodule `moda`."""
     hook = _take_hook(attention)
-    attention.__class__ = _patched(type(attention))
-    attention.moda_runtime = runtime
-    attention.moda = layer
-    _give_hook(attention, hook)
+    cls: type = type(attention)
+    attention.__class__ = _patched(cls)
+    patched = cast("PatchedAttention", attention)
+    patched.moda_runtime = runtime
+    patched.moda = layer
+    _give_hook(patched, hook)
 
 
 def unpatch_attention(attention: nn.Module) -> None:
     """Undo :func:`patch_attention`."""
     hook = _take_hook(attention)
-    attention.__class__ = type(attention).__base__
+    attention.__class__ = type(attention).__bases__[0]
     del attention.moda, attention.moda_runtime
     _give_hook(attention, hook)
 

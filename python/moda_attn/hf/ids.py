@@ -58,9 +58,12 @@ def _modality(arguments: Mapping[str, Any], image_token: int) -> Tensor:
     if explicit is None:
         explicit = arguments.get("mm_token_type_ids")
     if explicit is not None:
-        wanted = (ids if ids is not None else embeds).shape[:2]
         if not isinstance(explicit, Tensor):
             raise ModaTypeError(f"modality_ids must be a torch.Tensor, got {type(explicit).__name__}")
+        tokens = ids if ids is not None else embeds
+        if tokens is None:
+            raise ModaValueError("modality_ids without input_ids or inputs_embeds: there is nothing to describe")
+        wanted = tokens.shape[:2]
         if explicit.shape != wanted:
             raise ModaValueError(f"modality_ids has shape {tuple(explicit.shape)}; wanted {tuple(wanted)}")
         modality = explicit

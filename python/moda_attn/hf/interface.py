@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -12,6 +12,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from ..errors import ModaRuntimeError, ModaValueError
 from ..layer import attend
 from .seam import CacheSeam
+
+if TYPE_CHECKING:
+    from .._typing import PatchedAttention
 
 NAME = "moda"
 
@@ -55,8 +58,9 @@ def moda_attention(
         raise ModaValueError(
             f"{length} tokens, but the cache kept {key.shape[2]}: a sliding window cannot be expressed"
         )
-    recorder = module.moda_runtime.recorder
-    result = attend(
+    patched = cast("PatchedAttention", module)
+    recorder = patched.moda_runtime.recorder
+    result, mass = attend(
         moda_seam.layer,
         query,
         key[:, :, :length],
@@ -65,9 +69,8 @@ def moda_attention(
         scale=scaling,
         return_mass=recorder is not None,
     )
-    if recorder is not None:
-        result, mass = result
-        recorder.add(module.layer_idx, mass, state.modality[:, -query.shape[2] :])
+    if recorder is not None and mass is not None:
+        recorder.add(patched.layer_idx, mass, state.modality[:, -query.shape[2] :])
     return result.transpose(1, 2).contiguous(), None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..config import ModaConfig
 from ..errors import ModaValueError
-from .patch import ApplyReport, apply, runtime_of
+from .patch import ApplyReport, apply, moda_layers, runtime_of
 
 CONFIG_FILE = "moda_config.json"
 WEIGHTS_FILE = "moda_model.safetensors"
@@ -78,11 +78,8 @@ def load_pretrained(model: nn.Module, path: str | Path) -> ApplyReport:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    runtime = runtime_of(model)
-    attentions = runtime.family.attentions(model)
     return {
         f"layers.{index}.{name}": parameter
-        for index, attention in enumerate(attentions)
-        if attention.moda is not None
-        for name, parameter in attention.moda.named_parameters()
+        for index, layer in moda_layers(model).items()
+        for name, parameter in layer.named_parameters()
     }

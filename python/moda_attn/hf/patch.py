@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -16,6 +17,9 @@ from .attention import patch_attention, unpatch_attention
 from .interface import NAME, register
 from .registry import Family, family_of
 from .runtime import Runtime
+
+if TYPE_CHECKING:
+    from .._typing import PatchedAttention, TextAttention, VisionLanguageModel
 
 _RUNTIME = "moda_runtime"
 
@@ -112,11 +116,18 @@ def runtime_of(model: nn.Module) -> Runtime | None:
     return vars(model).get(_RUNTIME) if isinstance(model, nn.Module) else None
 
 
+def moda_layers(model: nn.Module) -> dict[int, ModaLayer]:
+    """The MODA parameters of a patched model by layer index; nothing for any other model."""
+    runtime = runtime_of(model)
+    attentions = [] if runtime is None else cast("list[PatchedAttention]", runtime.family.attentions(model))
+    return {index: attention.moda for index, attention in enumerate(attentions) if attention.moda is not None}
+
+
 @contextmanager
 def watching(model: nn.Module) -> Iterator[Runtime]:
     """Have the text decoder use our attention function inside the block, whatever state the model is in."""
     if hasattr(model, "peft_config"):
-        model = model.get_base_model()
+        model = cast("VisionLanguageModel", model).get_base_model()
     runtime = runtime_of(model)
     if runtime is None:
         family = family_of(model)
@@ -161,7 +172,7 @@ def _install(
     return runtime
 
 
-def _new_layer(config: ModaConfig, attention: nn.Module) -> ModaLayer:
+def _new_layer(config: ModaConfig, attention: TextAttention) -> ModaLayer:
     """Fresh parameters for one attention module, on its device; float32, or float64 for a float64 model."""
     weight = attention.k_proj.weight
     if weight.device.type == "meta":
@@ -178,23 +189,23 @@ def _new_layer(config: ModaConfig, attention: nn.Module) -> ModaLayer:
 
 
 def _get_attention(model: nn.Module, family: Family) -> str:
-    return model.get_submodule(family.decoder).config._attn_implementation
+    config: Any = model.get_submodule(family.decoder).config
+    return config._attn_implementation
 
 
 def _set_attention(model: nn.Module, family: Family, name: str) -> None:
     if _get_attention(model, family) != name:
-        model.set_attn_implementation({family.text_config: name})
+        cast("VisionLanguageModel", model).set_attn_implementation({family.text_config: name})
     if _get_attention(model, family) != name:
         raise ModaRuntimeError(f"{family.model} did not accept the attention implementation {name!r}")
 
 
 def _report(model: nn.Module, runtime: Runtime, *, already: bool = False) -> ApplyReport:
-    modules = runtime.family.attentions(model)
-    with_moda = {index: module.moda for index, module in enumerate(modules) if module.moda is not None}
+    with_moda = moda_layers(model)
     return ApplyReport(
         model=type(model).__name__,
         layers=tuple(with_moda),
-        skipped={index: "not in config.layers" for index in range(len(modules)) if index not in with_moda},
+        skipped={index: "not in config.layers" for index in range(runtime.layers) if index not in with_moda},
         parameters=sum(p.numel() for layer in with_moda.values() for p in layer.parameters()),
         attention=_get_attention(model, runtime.family),
         already=already,

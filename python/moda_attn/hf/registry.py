@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from ..errors import ModaTypeError, ModaValueError
+
+if TYPE_CHECKING:
+    from .._typing import TextAttention
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,14 @@ class Family:
     image_token: str = "image_token_id"
     attention: tuple[str, ...] = ("LlamaAttention", "MistralAttention")
 
-    def attentions(self, model: nn.Module) -> list[nn.Module]:
+    def attentions(self, model: nn.Module) -> list[TextAttention]:
         """The text decoder's attention modules in layer order.
 
         Raises:
             ModaValueError: the decoder has no layers, or its attention is of a class that is not supported.
         """
         decoder = model.get_submodule(self.decoder)
-        attentions = [layer.self_attn for layer in getattr(decoder, "layers", ())]
+        attentions = [cast("TextAttention", layer.self_attn) for layer in getattr(decoder, "layers", ())]
         if not attentions:
             raise ModaValueError(f"{self.model}: {self.decoder} has no layer with self_attn; nothing to patch")
         for attention in attentions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .ids import OWN_ARGUMENTS, describe_call, refuse_late_images
 from .registry import Family
 
 if TYPE_CHECKING:
+    from .._typing import VisionLanguageModel
     from .record import MassRecorder
 
 
@@ -48,7 +49,7 @@ class Runtime:
         for module in dict.fromkeys((model, core)):
             self.handles.append(module.register_forward_pre_hook(self.before_forward, with_kwargs=True))
         self.handles.append(core.register_forward_hook(self.after_forward, with_kwargs=True))
-        model.generate = functools.partial(self.generate, model)
+        vars(model)["generate"] = functools.partial(self.generate, model)
 
     def disconnect(self, model: nn.Module) -> None:
         """Undo :meth:`connect`."""
@@ -87,7 +88,8 @@ class Runtime:
 
     def generate(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, with the length of the prompt known: only the prompt may feed a basis."""
-        settings = kwargs.get("generation_config") or model.generation_config
+        llava = cast("VisionLanguageModel", model)
+        settings = kwargs.get("generation_config") or llava.generation_config
         if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
             raise ModaValueError("prefill_chunk_size is not supported: the bases need the whole prompt in one call")
         prompt = (
@@ -100,7 +102,7 @@ class Runtime:
         )
         self.prompt_length = prompt.shape[1] if isinstance(prompt, Tensor) else None
         try:
-            return type(model).generate(model, *args, **kwargs)
+            return type(llava).generate(llava, *args, **kwargs)
         finally:
             self.prompt_length = None
 

@@ -73,7 +73,8 @@ def remember(cache: Any, layer_idx: int, state: LayerState) -> None:
     """Keep `state` with one layer of `cache`, through reordering, selecting, cropping and reset."""
     layer = cache.layers[layer_idx]
     if not hasattr(layer, "moda_state"):
-        layer.__class__ = _remembering(type(layer))
+        cls: type = type(layer)
+        layer.__class__ = _remembering(cls)
     layer.moda_state = state
 
 
