@@ -6,6 +6,22 @@ be a fresh, contiguous tensor of exactly the right shape and dtype. The GIL is r
 
 from typing import Any, final
 
+__all__ = [
+    "Tensor",
+    "_allocate_for_test",
+    "_panic_for_test",
+    "align_backward",
+    "align_forward",
+    "attend_backward",
+    "attend_forward",
+    "build_info",
+    "describe",
+    "explain",
+    "list_errors",
+    "sink_backward",
+    "sink_forward",
+]
+
 _Tensor = Any
 
 def align_forward(

@@ -87,7 +87,8 @@ def _align_outputs(
 def _align(*inputs: Any) -> tuple[Tensor, Tensor]:
     aligned, computed = _align_outputs(*inputs)
     basis = inputs[7]
-    _native.align_forward(*inputs, aligned, computed if basis is None else None, torch.get_num_threads())
+    arguments = [*inputs, aligned, computed if basis is None else None, torch.get_num_threads()]
+    _native.align_forward(*arguments)
     return aligned, computed
 
 
@@ -115,7 +116,8 @@ def _align_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     gradients = _align_gradients(*inputs)
     *others, given = gradients
     computed = inputs[8]
-    _native.align_backward(*inputs, *others, None if computed else given, torch.get_num_threads())
+    arguments = [*inputs, *others, None if computed else given, torch.get_num_threads()]
+    _native.align_backward(*arguments)
     return gradients
 
 
@@ -152,7 +154,8 @@ def _sink_outputs(position: Tensor, query_modality: Tensor, span: int, decay: Te
 
 def _sink(*inputs: Any) -> Tensor:
     sink = _sink_outputs(*inputs)
-    _native.sink_forward(*inputs, sink)
+    arguments = [*inputs, sink]
+    _native.sink_forward(*arguments)
     return sink
 
 
@@ -164,7 +167,8 @@ def _sink_gradients(
 
 def _sink_backward(*inputs: Any) -> tuple[Tensor, Tensor]:
     gradients = _sink_gradients(*inputs)
-    _native.sink_backward(*inputs, *gradients)
+    arguments = [*inputs, *gradients]
+    _native.sink_backward(*arguments)
     return gradients
 
 
@@ -212,7 +216,8 @@ def _attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, logsumexp, parts, mass = outputs
     *problem, return_mass = inputs
     wanted = (parts if problem[-1] == "split" else None, mass if return_mass else None)
-    _native.attend_forward(*problem, out, logsumexp, *wanted, torch.get_num_threads())
+    arguments = [*problem, out, logsumexp, *wanted, torch.get_num_threads()]
+    _native.attend_forward(*arguments)
     return outputs
 
 
@@ -250,7 +255,8 @@ def _attention_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     *problem, d_out, out, logsumexp, parts, needs_sink, needs_bias = inputs
     given = (d_out, out, logsumexp, parts if problem[-1] == "split" else None)
     wanted = (d_sink if needs_sink else None, d_bias if needs_bias else None)
-    _native.attend_backward(*problem, *given, d_query, d_key, d_value, *wanted, torch.get_num_threads())
+    arguments = [*problem, *given, d_query, d_key, d_value, *wanted, torch.get_num_threads()]
+    _native.attend_backward(*arguments)
     return gradients
 
 

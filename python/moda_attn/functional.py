@@ -194,13 +194,13 @@ def _check(first: tuple[str, Tensor], *, optional: bool = False, **others: Tenso
     device = tensor.device
     if device.type not in _DEVICES:
         raise ModaValueError(f"{name} is on device {device}; wanted cpu, the only device this build has kernels for")
-    for other, tensor in others.items():
-        if optional and tensor is None:
+    for other, given in others.items():
+        if optional and given is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise _not_a_tensor(other, tensor)
-        if tensor.device != device:
-            raise ModaValueError(f"{other} is on device {tensor.device}; wanted {device}, the device of {name}")
+        if not isinstance(given, Tensor):
+            raise _not_a_tensor(other, given)
+        if given.device != device:
+            raise ModaValueError(f"{other} is on device {given.device}; wanted {device}, the device of {name}")
 
 
 def _not_a_tensor(name: str, given: object) -> ModaTypeError:

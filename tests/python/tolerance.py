@@ -2,6 +2,9 @@
 
 The error of a result is its relative L2 distance to a dense float64 evaluation. It must stay below a bound fixed for
 each dtype and, where torch's own dense eager computation in that dtype is at hand, below twice torch's error.
+
+A result that is a difference of large terms may be nothing but rounding (the query gradient of a row that sees one key
+is zero). Such an error is measured against the size of the terms, which the caller computes and names `scale`.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ BOUNDS = {
 EAGER_FACTOR = 2.0
 
 
-def relative_l2(got: Tensor, truth: Tensor) -> float:
-    """``||got - truth|| / ||truth||`` in float64; infinity where only one of them is NaN or infinite."""
+def relative_l2(got: Tensor, truth: Tensor, scale: float = 0.0) -> float:
+    """``||got - truth|| / max(||truth||, scale)`` in float64; infinity where only one of them is NaN or infinite."""
     got, truth = got.detach().double(), truth.detach().double()
     assert got.shape == truth.shape, f"shape {tuple(got.shape)}, wanted {tuple(truth.shape)}"
     odd = ~truth.isfinite()
@@ -32,7 +35,7 @@ def relative_l2(got: Tensor, truth: Tensor) -> float:
     difference = torch.where(odd, 0, got - truth)
     if not difference.isfinite().all():
         return float("inf")
-    error, size = difference.norm().item(), torch.where(odd, 0, truth).norm().item()
+    error, size = difference.norm().item(), max(torch.where(odd, 0, truth).norm().item(), scale)
     return error / size if size else error
 
 
@@ -51,17 +54,32 @@ class Verdict:
         return f"{self.name}: relative L2 error {self.error:.3g}, allowed {self.bound:.3g}"
 
 
-def verdict(got: Tensor, truth: Tensor, *, name: str, gradient: bool = False, eager: Tensor | None = None) -> Verdict:
-    """Compare `got` with its float64 `truth` under the bounds of got's dtype.
+def verdict(
+    got: Tensor,
+    truth: Tensor,
+    *,
+    name: str,
+    gradient: bool = False,
+    eager: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    scale: float = 0.0,
+    roundings: float = 1.0,
+) -> Verdict:
+    """Compare `got` with its float64 `truth` under the bounds of `dtype`, by default got's own.
 
     `eager` is torch's dense computation in the same dtype. With it the error must also be no more than `EAGER_FACTOR`
-    times the eager error; one rounding of the dtype is granted, as eager may happen to be exact.
+    times the eager error; one rounding of the dtype is granted, as eager may happen to be exact. A float32 table beside
+    half-precision tensors is only as good as they are: there `dtype` is theirs. `scale` is the size of the terms of a
+    result that may cancel; where it is what remains to compare with, `roundings` are granted: those of one term.
     """
-    bound = BOUNDS[got.dtype][gradient]
-    if eager is not None and got.dtype != torch.float64:
-        allowance = max(relative_l2(eager, truth), torch.finfo(got.dtype).eps / 2)
+    dtype = got.dtype if dtype is None else dtype
+    bound = BOUNDS[dtype][gradient]
+    if eager is not None and dtype != torch.float64:
+        cancelled = scale > truth.detach().double().norm().item()
+        granted = torch.finfo(dtype).eps / 2 * (roundings if cancelled else 1.0)
+        allowance = max(relative_l2(eager, truth, scale), granted)
         bound = min(bound, EAGER_FACTOR * allowance)
-    return Verdict(name, relative_l2(got, truth), bound)
+    return Verdict(name, relative_l2(got, truth, scale), bound)
 
 
 def assert_close(got: Tensor, truth: Tensor, *, name: str, gradient: bool = False, eager: Tensor | None = None) -> None:

@@ -1,7 +1,7 @@
 //! The one matrix product of every kernel: C (+)= A B on tiles that lie in a worker's cache.
 //!
 //! A is read element by element through two strides, so it may be transposed; B is read in vectors along its rows.
-//! Every element of C is one chain of fused multiply-adds over the depth, whatever the tile it falls in.
+//! Every product is one chain of fused multiply-adds over the depth, whatever the tile it falls in, then added to C.
 
 use crate::cpu::simd::{Simd, Task};
 
@@ -141,9 +141,9 @@ unsafe fn block<S: Simd, const ROWS: usize, const VECTORS: usize>(
         }
         for (row, sums) in sums.iter().enumerate() {
             for (v, &sum) in sums.iter().enumerate() {
-                let target = c.pointer.add(row * c.row_stride + v * S::LANES);
-                // What was there is added last: a long sum then rounds once a block at its full size, not once a product.
-                s.store(target, if c.accumulate { s.add(s.load(target), sum) } else { sum });
+                let at = c.pointer.add(row * c.row_stride + v * S::LANES);
+                // Added last: a long sum made of short ones rounds less than one long chain.
+                s.store(at, if c.accumulate { s.add(s.load(at), sum) } else { sum });
             }
         }
     }

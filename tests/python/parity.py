@@ -1,0 +1,287 @@
+"""Problems of every shape the operators promise to handle, and the comparison of one with the dense reference.
+
+A :class:`Case` says in words what a problem looks like; tensors are drawn from its seed, so that a failing case can be
+repeated from its text alone. Inputs are rounded to the dtype first: the float64 truth is that of the rounded numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moda_attn import functional as F
+from moda_attn import reference
+from tolerance import Verdict, verdict
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+IMAGES = ("first", "middle", "last", "interleaved", "absent")
+PADDINGS = ("none", "left", "right", "row")
+LAYOUTS = ("contiguous", "transposed", "columns", "strided", "broadcast")
+SINKS = ("none", "plain", "extreme", "shared")
+BIASES = ("none", "plain", "forbidding", "shared")
+CONTEXTS = ("all", "prompt", "scattered", "empty")
+FUSIONS = ("concat", "aligned", "original")
+IDS = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. Fields of attention and of alignment stand side by side; each operator reads its own."""
+
+    length: int = 9
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 1
+    dim: int = 16
+    modalities: int = 2
+    image: str = "middle"
+    padding: str = "none"
+    layouts: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous")
+    ids: torch.dtype = torch.int64
+    # attention
+    rows: int | None = None
+    own_query_modality: bool = False
+    is_causal: bool = True
+    scale: float | None = None
+    sink: str = "plain"
+    bias: str = "plain"
+    combine: str = "joint"
+    # alignment
+    kind: str = "covariance"
+    context: str = "all"
+    fusion: str = "concat"
+    given_basis: bool = False
+    float32_tables: bool = False
+    seed: int = 0
+
+    @property
+    def queries(self) -> int:
+        return self.length if self.rows is None else self.rows
+
+
+def modality_of(case: Case) -> Tensor:
+    """(B, N) ids: an image of M - 1 parts in the text (modality 0) and padding, of another size in every row."""
+    n, others = case.length, case.modalities - 1
+    row = torch.zeros(n, dtype=torch.long)
+    start, size = {"first": (0, n // 2), "middle": (n // 4, (n + 1) // 2), "last": (n // 2, n - n // 2)}.get(
+        case.image, (0, 0)
+    )
+    if others and case.image == "interleaved":
+        row = torch.arange(n) % case.modalities
+    elif others:
+        row[start : start + size] = 1 + torch.arange(size) * others // max(size, 1)
+    ids = row.repeat(case.batch, 1)
+    for b in range(case.batch):
+        count = n * (b + 1) // (case.batch + 2)
+        if case.padding == "left":
+            ids[b, :count] = -1
+        elif case.padding == "right":
+            ids[b, n - count :] = -1
+    if case.padding == "row":
+        ids[-1] = -1
+    return ids.to(case.ids)
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """The tensor as another view; the gaps of a strided one hold NaN. Only "broadcast" changes the numbers."""
+    if layout == "transposed":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "columns":
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "strided":
+        wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan)
+        wide[..., ::2] = tensor
+        return wide[..., ::2]
+    if layout == "broadcast":
+        return tensor[:1, :1].expand(tensor.shape)
+    return tensor
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attention_problem(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of ``modular_attention`` by name."""
+    random = torch.Generator().manual_seed(case.seed)
+
+    def draw(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(kind)
+
+    b, hq, nq, work = case.batch, case.heads, case.queries, work_dtype(dtype)
+    shapes = ((b, hq, nq, case.dim), *2 * ((b, case.kv_heads, case.length, case.dim),))
+    query, key, value = (lay_out(draw(*shape), layout) for shape, layout in zip(shapes, case.layouts, strict=True))
+    modality = modality_of(case)
+    own = torch.randint(-1, case.modalities, (b, nq), generator=random)
+    sink = bias = None
+    if case.sink != "none":
+        owners = (1, 1) if case.sink == "shared" else (b, hq)
+        sink = draw(*owners, nq, *((2,) if case.combine == "split" else ()), kind=work)
+        if case.sink == "extreme":
+            levels = torch.tensor([-torch.inf, -1e30, -1e4, 1e4, 1e30, *4 * [0.0]], dtype=work)
+            level = levels[torch.randint(len(levels), sink.shape, generator=random)]
+            sink = torch.where(level == 0, sink, level)
+    if case.bias != "none":
+        owners, m = (1, 1) if case.bias == "shared" else (b, hq), case.modalities
+        bias = draw(*owners, m, m, kind=work)
+        if case.bias == "forbidding":
+            forbidden = torch.rand(bias.shape, generator=random) < 0.4
+            bias = bias.masked_fill(forbidden, -torch.inf)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "modality": modality,
+        "query_modality": own if case.own_query_modality or nq > case.length else None,
+        "is_causal": case.is_causal,
+        "scale": case.scale,
+        "sink": sink,
+        "modality_bias": bias,
+        "combine": case.combine,
+    }
+
+
+def align_problem(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of ``duplex_align`` by name."""
+    random = torch.Generator().manual_seed(case.seed)
+
+    def draw(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(kind)
+
+    n, d, m = case.length, case.dim, case.modalities
+    shape = (case.batch, case.kv_heads, n, d)
+    key, value = (lay_out(draw(*shape), layout) for layout in case.layouts[1:])
+    table = torch.float32 if case.float32_tables else dtype
+    # "original" keeps the key and mixes nothing in, "aligned" the reverse; "concat" is the free fuser.
+    keep = torch.eye(d, dtype=table).expand(m, d, d) if case.fusion == "original" else draw(m, d, d, kind=table)
+    mix = lay_out(draw(1, m, d, d, kind=table), case.layouts[0])[0]
+    if case.fusion == "aligned":
+        keep, mix = torch.zeros_like(keep), torch.eye(d, dtype=table).expand(m, d, d)
+    context = {
+        "all": None,
+        "prompt": (torch.arange(n) < (n + 1) // 2).expand(case.batch, n),
+        "scattered": torch.rand(case.batch, n, generator=random) < 0.6,
+        "empty": torch.zeros(case.batch, n, dtype=torch.bool),
+    }[case.context]
+    basis = draw(case.batch, case.kv_heads, m, d, d, kind=work_dtype(dtype)) if case.given_basis else None
+    arguments = {"key": key, "value": value, "modality": modality_of(case), "keep": keep, "mix": mix}
+    return arguments | {"kind": case.kind, "context": context, "basis": basis}
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """A block in which ``torch.empty`` hands out NaN: a result that reads what it should have written shows it."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(64).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def promote(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers in float64."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
+def upstream_of(outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """A gradient for each differentiable output, in its dtype; the same numbers at every call."""
+    random = torch.Generator().manual_seed(11)
+    return [
+        torch.randn(output.shape, generator=random, dtype=torch.float64).to(output.dtype)
+        if output.requires_grad
+        else None
+        for output in outputs
+    ]
+
+
+def evaluate(
+    operator: Callable[..., Any], arguments: dict[str, Any], upstream: list[Tensor | None] | None = None, **options: Any
+) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+    """Outputs (by number) and gradients (by ``d_`` and the argument's name), and the upstream gradients used."""
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    outputs = operator(**{**arguments, **leaves}, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if upstream is None:
+        upstream = upstream_of(outputs)
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if g is not None and o.requires_grad]
+    gradients = torch.autograd.grad(
+        [o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs], materialize_grads=True
+    )
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    return results | {f"d_{name}": g for name, g in zip(leaves, gradients, strict=True)}, upstream
+
+
+def judge(name: str, arguments: dict[str, Any], dtype: torch.dtype, **options: Any) -> list[Verdict]:
+    """One operator on one problem: every output and gradient against the float64 truth and against torch in `dtype`."""
+    with poisoned_memory():
+        got, upstream = evaluate(getattr(F, name), arguments, **options)
+    dense = getattr(reference, name)
+    wide = promote(arguments)
+    truth, _ = evaluate(dense, wide, upstream, **options)
+    eager = None if dtype == torch.float64 else evaluate(dense, arguments, upstream, **options)[0]
+    sizes = attention_terms if name == "modular_attention" else align_terms
+    scales = sizes(wide, [None if g is None else g.double() for g in upstream])
+    verdicts = []
+    for result, tensor in got.items():
+        leaf = arguments.get(result.removeprefix("d_"))
+        assert tensor.dtype == (leaf.dtype if leaf is not None else tensor.dtype)
+        coarser = min(dtype, tensor.dtype, key=lambda d: d.itemsize)
+        beside = None if eager is None else eager[result]
+        kind = {"gradient": leaf is not None, "dtype": coarser, "scale": scales.get(result, 0.0)}
+        # The half dtypes are computed with in float32: there one rounding is that of the result.
+        kind["roundings"] = 1.0 if dtype.itemsize == 2 else arguments["key"].shape[-1] ** 0.5
+        verdicts.append(verdict(tensor, truth[result], name=result, eager=beside, **kind))
+    return verdicts
+
+
+def check(name: str, arguments: dict[str, Any], dtype: torch.dtype, **options: Any) -> None:
+    """Assert that every verdict of :func:`judge` passed."""
+    failed = [str(outcome) for outcome in judge(name, arguments, dtype, **options) if not outcome]
+    assert not failed, f"{name} in {dtype}: " + "; ".join(failed)
+
+
+def attention_terms(wide: dict[str, Any], upstream: list[Tensor | None]) -> dict[str, float]:
+    """Size of the terms of the gradients that are differences: dS = P dP - P delta, and the former is the larger.
+
+    The root of the sum of the squares of all terms: what their sum would be if their signs were independent. The
+    probabilities P come from the reference, which returns them when the values are unit vectors.
+    """
+    query, key, value, d_out = wide["query"], wide["key"], wide["value"], upstream[0]
+    (heads, dim), (_, kv_heads, nk, _) = query.shape[1::2], key.shape
+    scale = dim**-0.5 if wide["scale"] is None else wide["scale"]
+    width = max(dim, nk)
+    wider = [torch.nn.functional.pad(tensor, (0, width - dim)) for tensor in (query, key)]
+    units = torch.eye(nk, width, dtype=query.dtype).expand_as(wider[1])
+    unit_problem = {**wide, "query": wider[0], "key": wider[1], "value": units, "scale": scale}
+    probability, mass = reference.modular_attention(**unit_problem, return_mass=True)
+    squares = probability[..., :nk] ** 2
+    q, k, v, o = (tensor**2 for tensor in (query, key, value, d_out))
+    k, v = (tensor.repeat_interleave(heads // kv_heads, dim=1) for tensor in (k, v))
+    terms = squares * (o @ v.transpose(-1, -2))
+    sums = {
+        "d_query": scale**2 * (terms.sum(-2) * k.sum(-1)).sum(),
+        "d_key": scale**2 * (terms.sum(-1) * q.sum(-1)).sum(),
+        "d_sink": (mass[..., 2] ** 2 * (o * (squares @ v)).sum(-1)).sum(),
+        "d_modality_bias": terms.sum(),
+    }
+    return {name: total.sqrt().item() for name, total in sums.items()}
+
+
+def align_terms(wide: dict[str, Any], upstream: list[Tensor | None]) -> dict[str, float]:
+    return {}
