@@ -22,30 +22,29 @@ use half::{bf16, f16};
 pub use isa::Isa;
 pub use real::CpuReal;
 
-/// Calls a generic function with the token of the instruction set that `exec` names.
+/// Calls a generic function with the token of the instruction set that `exec` names; the machine must have it, which
+/// dispatch sees to.
 macro_rules! with_token {
-    ($exec:expr, $real:ty, $s:ident => $body:expr) => {{
-        #[allow(unused_imports, reason = "not every architecture has every set")]
-        use $crate::cpu::CpuReal as _;
-        let unavailable = "dispatch only chooses what the machine has";
-        let _ = unavailable;
+    ($exec:expr, $real:ty, $s:ident => $body:expr) => {
         match $exec.isa {
-            #[cfg(target_arch = "x86_64")]
-            $crate::cpu::isa::Isa::Avx512 => {
-                let $s = <$real>::avx512().expect(unavailable);
-                $body
-            }
-            #[cfg(target_arch = "x86_64")]
-            $crate::cpu::isa::Isa::Avx2 => {
-                let $s = <$real>::avx2().expect(unavailable);
-                $body
-            }
-            _ => {
+            $crate::cpu::Isa::Scalar => {
                 let $s = $crate::cpu::isa::scalar::Scalar::<$real>::new();
                 $body
             }
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Avx2 => {
+                let $s = <$real as $crate::cpu::CpuReal>::avx2().expect("this machine has AVX2");
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Avx512 => {
+                let $s = <$real as $crate::cpu::CpuReal>::avx512().expect("this machine has AVX-512");
+                $body
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            other => unreachable!("{other:?} belongs to another architecture"),
         }
-    }};
+    };
 }
 pub(crate) use with_token;
 
