@@ -276,6 +276,44 @@ def test_a_failed_allocation_is_an_exception_and_the_process_lives():
     assert attention().shape == (B, HQ, NQ, D)
 
 
+STARVED = """
+import gc, resource, torch
+from moda_attn import functional as F
+
+torch.set_num_threads(1)
+query, ids = torch.randn(1, 32, 800, 64), torch.zeros(1, 800, dtype=torch.long)
+key = torch.randn(1, 1, 800, 64, requires_grad=True)
+upstream, before = torch.ones_like(query), (query.clone(), key.detach().clone())
+# Once with room for everything, so that all of torch that is imported at need is there.
+F.modular_attention(query, key, key, ids).backward(upstream)
+key.grad = None
+failed = 0
+for megabytes in range(2, 32, 2):
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, resource.RLIM_INFINITY))
+    try:
+        F.modular_attention(query, key, key, ids).backward(upstream)
+    except (MemoryError, RuntimeError):
+        failed += 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    key.grad = None
+    gc.collect()
+assert torch.equal(query, before[0]) and torch.equal(key, before[1])
+F.modular_attention(query, key, key, ids).backward(upstream)
+print("fine", failed > 0)
+"""
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm"), reason="needs Linux to limit the address space to what is used"
+)
+def test_the_process_lives_when_memory_runs_out_anywhere_in_a_call():
+    done = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "fine True", done.stderr
+
+
 def run_with_isa(isa: str, code: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "MODA_ATTN_ISA": isa}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
