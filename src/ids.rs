@@ -99,7 +99,10 @@ fn read<T: Scalar + TryInto<i64>>(argument: &'static str, tensor: &RawView<'_>, 
     let view: View<'_, T, 2> = tensor.typed(argument, "(B, N): one id a token")?;
     let [batch, tokens] = view.shape();
     let largest = modalities.min(MAX_MODALITIES) as i64 - 1;
-    let mut flat = Vec::with_capacity(batch * tokens);
+    let count = batch.saturating_mul(tokens);
+    let mut flat = Vec::new();
+    let error = |_| Error::Allocation { bytes: count.saturating_mul(size_of::<i32>()), what: "modality ids" };
+    flat.try_reserve_exact(count).map_err(error)?;
     for b in 0..batch {
         for j in 0..tokens {
             let given = view.get([b, j]).try_into().unwrap_or(i64::MAX);

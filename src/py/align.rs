@@ -1,6 +1,6 @@
 //! Duplex alignment for Python, forward and backward.
 
-use super::arguments::{Table, gradient, output};
+use super::arguments::{Table, gradient, ids, output};
 use super::call::{compute, for_element};
 use crate::cpu::CpuElement;
 use crate::dlpack::Imported;
@@ -35,9 +35,10 @@ struct Converted<R> {
 
 impl Inputs<'_> {
     fn convert<T: Element>(&self) -> Result<Converted<T::Acc>> {
-        let keep = Table::read::<T>("keep", self.keep, "(M, D, D)")?;
-        let mix = Table::read::<T>("mix", self.mix, "(M, D, D)")?;
-        let modality = Ids::read("modality", self.modality, keep.view().shape()[0])?;
+        let [b, _, n, d] = self.key.typed::<T, 4>("key", "(B, Hkv, Nk, D)")?.shape();
+        let keep = Table::square::<T>("keep", self.keep, d)?;
+        let mix = Table::square::<T>("mix", self.mix, d)?;
+        let modality = ids("modality", self.modality, [b, n], "(B, Nk)", keep.view().shape()[0])?;
         let sources = self.context.map_or_else(|| Ok(modality.clone()), |context| modality.within(context))?;
         Ok(Converted { modality, sources, keep, mix })
     }

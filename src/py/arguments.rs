@@ -2,6 +2,7 @@
 
 use crate::dtype::{DType, Element, Real, Scalar};
 use crate::error::{Error, Result};
+use crate::ids::{Ids, MAX_MODALITIES};
 use crate::layout::print_shape;
 use crate::view::{RawView, View, ViewMut};
 
@@ -35,6 +36,21 @@ pub(super) fn gradient<'a, T: Scalar, const R: usize>(
     tensor.typed(argument, &wanted)
 }
 
+/// Modality ids of a known shape. It is checked before they are read: a broadcast view may claim any number of tokens.
+pub(super) fn ids(
+    argument: &'static str,
+    tensor: &RawView<'_>,
+    shape: [usize; 2],
+    meaning: &str,
+    modalities: usize,
+) -> Result<Ids> {
+    if tensor.shape().len() == 2 && tensor.shape() != shape {
+        let wanted = format!("{} = {meaning}", print_shape(&shape));
+        return Err(Error::Shape { argument, given: print_shape(tensor.shape()), wanted });
+    }
+    Ids::read(argument, tensor, modalities)
+}
+
 /// A vector of exactly this capacity, or an error where the memory is not to be had.
 pub(super) fn reserve<T>(length: usize, what: &'static str) -> Result<Vec<T>> {
     let mut vector = Vec::new();
@@ -50,13 +66,24 @@ pub(super) struct Table<R, const N: usize> {
     numbers: Vec<R>,
 }
 
-impl<R: Real, const N: usize> Table<R, N> {
-    /// Reads a parameter stored in float32, in the key's dtype `T` or in the type of the arithmetic.
-    pub(super) fn read<T: Element<Acc = R>>(
+impl<R: Real> Table<R, 3> {
+    /// Reads a parameter (M, D, D) stored in float32, in the key's dtype `T` or in the type of the arithmetic. Its shape
+    /// is checked before it is read: a broadcast view may claim any size.
+    pub(super) fn square<T: Element<Acc = R>>(
         argument: &'static str,
         tensor: &RawView<'_>,
-        meaning: &str,
+        dim: usize,
     ) -> Result<Self> {
+        if !matches!(tensor.shape(), &[m, rows, columns] if m <= MAX_MODALITIES && [rows, columns] == [dim, dim]) {
+            let wanted = format!("(M, {dim}, {dim}) = (M, D, D) with M from 1 to {MAX_MODALITIES}");
+            return Err(Error::Shape { argument, given: print_shape(tensor.shape()), wanted });
+        }
+        Self::read::<T>(argument, tensor, "(M, D, D)")
+    }
+}
+
+impl<R: Real, const N: usize> Table<R, N> {
+    fn read<T: Element<Acc = R>>(argument: &'static str, tensor: &RawView<'_>, meaning: &str) -> Result<Self> {
         match tensor.dtype() {
             dtype if dtype == T::DTYPE => Self::widen::<T>(argument, tensor, meaning),
             DType::Float32 => Self::widen::<f32>(argument, tensor, meaning),

@@ -1,6 +1,6 @@
 //! Modular attention for Python, forward and backward.
 
-use super::arguments::{gradient, output};
+use super::arguments::{gradient, ids, output};
 use super::call::{compute, for_element};
 use crate::cpu::CpuElement;
 use crate::dlpack::Imported;
@@ -38,6 +38,10 @@ impl Inputs<'_> {
         self.query.typed("query", "(B, Hq, Nq, D)")
     }
 
+    fn key<T: Element>(&self) -> Result<View<'_, T, 4>> {
+        self.key.typed("key", "(B, Hkv, Nk, D)")
+    }
+
     fn sink<T: Element>(&self) -> Result<Option<View<'_, T::Acc, 4>>> {
         let Some(sink) = self.sink else { return Ok(None) };
         Ok(Some(match self.combine {
@@ -52,11 +56,12 @@ impl Inputs<'_> {
 
     fn tokens<T: Element>(&self) -> Result<Tokens> {
         let modalities = self.bias::<T>()?.map_or(MAX_MODALITIES, |bias| bias.shape()[2]);
-        let keys = Ids::read("modality", self.modality, modalities)?;
-        let queries = if let Some(ids) = self.query_modality {
-            Ids::read("query_modality", ids, modalities)?
+        let [b, _, nq, _] = self.query::<T>()?.shape();
+        let nk = self.key::<T>()?.shape()[2];
+        let keys = ids("modality", self.modality, [b, nk], "(B, Nk)", modalities)?;
+        let queries = if let Some(given) = self.query_modality {
+            ids("query_modality", given, [b, nq], "(B, Nq)", modalities)?
         } else {
-            let nq = self.query::<T>()?.shape()[2];
             keys.last(nq).ok_or_else(|| Error::Shape {
                 argument: "modality",
                 given: print_shape(&keys.shape()),
@@ -71,7 +76,7 @@ impl Inputs<'_> {
         let dim = query.shape()[3].max(1) as f64;
         AttendProblem {
             query,
-            key: self.key.typed("key", "(B, Hkv, Nk, D)")?,
+            key: self.key::<T>()?,
             value: self.value.typed("value", "(B, Hkv, Nk, D)")?,
             modality: &tokens.keys,
             query_modality: &tokens.queries,

@@ -1,11 +1,10 @@
 //! Pseudo-scores of the modular mask for Python, forward and backward.
 
-use super::arguments::{gradient, integers, output};
+use super::arguments::{gradient, ids, integers, output};
 use super::call::{compute, for_real};
 use crate::dlpack::Imported;
 use crate::dtype::Real;
 use crate::error::Result;
-use crate::ids::Ids;
 use crate::op;
 use crate::problem::SinkProblem;
 use crate::view::{RawView, View};
@@ -26,7 +25,8 @@ impl Inputs<'_> {
         let decay: View<'_, R, 2> = self.decay.typed("decay", "(M, Hq)")?;
         let base = self.base.typed("base", "(M, Hq)")?;
         let (positions, shape) = integers("position", self.position, "(B, Nq)")?;
-        let query_modality = Ids::read("query_modality", self.query_modality, decay.shape()[0])?;
+        let meaning = "(B, Nq), the shape of position";
+        let query_modality = ids("query_modality", self.query_modality, shape, meaning, decay.shape()[0])?;
         let position = View::from_slice(&positions, shape);
         let problem = SinkProblem { position, query_modality: &query_modality, span: self.span, decay, base };
         work(&problem.validated()?)

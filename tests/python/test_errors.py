@@ -97,8 +97,8 @@ SHAPES: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (align, {"key": zeros(B, NQ, D)}, r"key has shape \(2, 5, 8\)"),
     (align, {"value": zeros(B, HKV, NQ, D - 1)}, r"value has shape \(2, 2, 5, 7\); wanted \(2, 2, 5, 8\)"),
     (align, {"modality": ids(B, NQ - 1)}, r"modality has shape \(2, 4\); wanted \(2, 5\)"),
-    (align, {"keep": zeros(D, D)}, r"keep has shape \(8, 8\); wanted \(M, D, D\)"),
-    (align, {"keep": zeros(M, D, D - 1)}, r"keep has shape \(3, 8, 7\); wanted \(3, 8, 8\)"),
+    (align, {"keep": zeros(D, D)}, r"keep has shape \(8, 8\); wanted \(M, 8, 8\) = \(M, D, D\)"),
+    (align, {"keep": zeros(M, D, D - 1)}, r"keep has shape \(3, 8, 7\); wanted \(M, 8, 8\)"),
     (align, {"keep": zeros(0, D, D), "modality": ids(B, NQ) - 1}, r"keep has shape \(0, 8, 8\)"),
     (align, {"mix": zeros(M + 1, D, D)}, r"mix has shape \(4, 8, 8\); wanted \(3, 8, 8\)"),
     (align, {"context": ids(B, NQ - 1).bool()}, r"context has shape \(2, 4\)"),
@@ -141,6 +141,25 @@ def test_without_a_table_any_modality_id_goes_but_one_below_padding():
     assert attention(modality=ids(B, NQ) + 200).shape == (B, HQ, NQ, D)
     with pytest.raises(errors.ModaValueError, match=r"modality\[0, 0\] is -2"):
         attention(modality=ids(B, NQ) - 2)
+
+
+VAST = 2**40
+
+
+@pytest.mark.parametrize(
+    ("operator", "changed"),
+    [
+        (attention, {"modality": ids(1, 1).expand(B, VAST)}),
+        (attention, {"query_modality": ids(1, 1).expand(B, VAST)}),
+        (align, {"modality": ids(1, 1).expand(VAST, NQ)}),
+        (align, {"context": ids(1, 1).bool().expand(B, VAST)}),
+        (align, {"mix": zeros(1, 1, 1).expand(VAST, D, D)}),
+        (sink, {"query_modality": ids(1, 1).expand(B, VAST)}),
+    ],
+)
+def test_a_broadcast_view_of_a_vast_shape_is_refused_unread(operator: Callable[..., Any], changed: dict[str, Any]):
+    with pytest.raises(errors.ModaValueError, match=f"has shape .*{VAST}"):
+        operator(**changed)
 
 
 DTYPES: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
