@@ -27,6 +27,7 @@ pub(super) fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     };
     let info = PyDict::new(py);
     info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    info.set_item("compiler", env!("MODA_ATTN_RUSTC"))?;
     info.set_item("features", features())?;
     info.set_item("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS))?;
     info.set_item("optimised", !cfg!(debug_assertions))?;

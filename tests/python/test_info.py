@@ -1,9 +1,10 @@
-"""The stub of the extension says what the extension has."""
+"""What the extension says about itself, and that its stub says what it has."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,23 @@ from moda_attn import _native
 STUB = ast.parse((Path(moda_attn.__file__).parent / "_native.pyi").read_text())
 FUNCTIONS = {node.name: node for node in STUB.body if isinstance(node, ast.FunctionDef)}
 CLASSES = {node.name: node for node in STUB.body if isinstance(node, ast.ClassDef)}
+
+
+def test_build_info():
+    info = moda_attn.build_info()
+    assert info["version"] == moda_attn.__version__
+    assert info["compiler"].startswith("rustc 1.")
+    assert "python" in info["features"]
+    assert info["devices"] == ["cpu"]
+    assert info["isa"] in info["isa_available"]
+    assert info["isa_available"][0] == "scalar"
+    assert 1 <= info["processors"] <= (os.cpu_count() or 1)
+
+
+def test_explain_names_what_runs_and_why():
+    info, text = moda_attn.build_info(), moda_attn.explain()
+    assert f"{info['isa']}: {info['isa_reason']}" in text
+    assert "cpu" in text
 
 
 def test_the_names_are_the_same():
