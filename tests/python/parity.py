@@ -244,10 +244,21 @@ def judge(name: str, arguments: dict[str, Any], dtype: torch.dtype, **options: A
         coarser = min(dtype, tensor.dtype, key=lambda d: d.itemsize)
         beside = None if eager is None else eager[result]
         kind = {"gradient": leaf is not None, "dtype": coarser, "scale": scales.get(result, 0.0)}
-        # The half dtypes are computed with in float32: there one rounding is that of the result.
-        kind["roundings"] = 1.0 if dtype.itemsize == 2 else arguments["key"].shape[-1] ** 0.5
+        kind["roundings"] = granted(name, result, dtype)
+        if dtype == torch.float32 and kind["scale"] > truth[result].norm().item():
+            # Nothing but the rounding of the terms is left, each of them a sum over D.
+            kind["roundings"] = max(kind["roundings"], arguments["key"].shape[-1] ** 0.5)
         verdicts.append(verdict(tensor, truth[result], name=result, eager=beside, **kind))
     return verdicts
+
+
+def granted(name: str, result: str, dtype: torch.dtype) -> float:
+    """Roundings granted beside twice the error of eager torch.
+
+    Attention's gradients are recomputed from a logsumexp stored in float32, which eager torch does not need: between 4
+    and 8, where it lies for some hundred keys, half a unit in its last place is four roundings of the probabilities.
+    """
+    return 4.0 if dtype == torch.float32 and name == "modular_attention" and result.startswith("d_") else 1.0
 
 
 def check(name: str, arguments: dict[str, Any], dtype: torch.dtype, **options: Any) -> None:

@@ -68,16 +68,14 @@ def verdict(
     """Compare `got` with its float64 `truth` under the bounds of `dtype`, by default got's own.
 
     `eager` is torch's dense computation in the same dtype. With it the error must also be no more than `EAGER_FACTOR`
-    times the eager error; one rounding of the dtype is granted, as eager may happen to be exact. A float32 table beside
+    times the eager error; `roundings` of the dtype are granted, as eager may happen to be exact. A float32 table beside
     half-precision tensors is only as good as they are: there `dtype` is theirs. `scale` is the size of the terms of a
-    result that may cancel; where it is what remains to compare with, `roundings` are granted: those of one term.
+    result that may cancel.
     """
     dtype = got.dtype if dtype is None else dtype
     bound = BOUNDS[dtype][gradient]
     if eager is not None and dtype != torch.float64:
-        cancelled = scale > truth.detach().double().norm().item()
-        granted = torch.finfo(dtype).eps / 2 * (roundings if cancelled else 1.0)
-        allowance = max(relative_l2(eager, truth, scale), granted)
+        allowance = max(relative_l2(eager, truth, scale), torch.finfo(dtype).eps / 2 * roundings)
         bound = min(bound, EAGER_FACTOR * allowance)
     return Verdict(name, relative_l2(got, truth, scale), bound)
 

@@ -59,7 +59,7 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, *, backward: bool) -
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int, spread: float = 1.0) -> Tensor:
-        return spread * torch.randn(*size, generator=generator)
+        return torch.randn(*size, generator=generator).mul_(spread)
 
     modality = torch.zeros(batch, tokens, dtype=torch.int32)
     first = tokens // 32
