@@ -289,7 +289,9 @@ def _softmax(scores: Tensor, visible: Tensor, sink: Tensor | None) -> tuple[Tens
     seen = visible.any(-1, keepdim=True).expand(*scores.shape[:-1], 1)
     scores = scores.masked_fill(~visible, -torch.inf)
     column = scores.new_full(seen.shape, -torch.inf) if sink is None else sink[..., None].expand(seen.shape)
-    logits = torch.cat([scores, column.masked_fill(~seen, -torch.inf)], dim=-1)
+    # An infinite sink takes all mass, as the largest number does; the difference of two infinities would be NaN.
+    column = column.masked_fill(~seen, -torch.inf).clamp(max=torch.finfo(column.dtype).max)
+    logits = torch.cat([scores, column], dim=-1)
     # The maximum includes the sink; where nothing is seen any finite number will do.
     highest = logits.detach().amax(-1, keepdim=True).masked_fill(~seen, 0)
     weight = torch.exp(logits - highest).masked_fill(~seen, 0)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from moda_attn import functional
 from moda_attn import reference as ref
 from moda_attn.errors import ModaError, ModaTypeError, ModaValueError
 from tolerance import assert_close
@@ -323,3 +324,16 @@ def test_bad_sink_arguments():
         ref.pseudo_sink(ids, ids, 4, table.half(), table.half())
     with pytest.raises(ModaValueError, match=r"query_modality\[0, 0\] = 2"):
         ref.pseudo_sink(ids, ids + 2, 4, table, table)
+
+
+@pytest.mark.parametrize("combine", ["joint", "split"])
+def test_an_infinite_sink_takes_all_mass(combine):
+    query, key, value = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    modality = torch.tensor([[0, 1, 0, 1, 0]])
+    sink = torch.full((1, 1, 5) if combine == "joint" else (1, 1, 5, 2), torch.inf, dtype=torch.float64)
+    for function in (ref.modular_attention, functional.modular_attention):
+        out, mass = function(query, key, value, modality, sink=sink, combine=combine, return_mass=True)
+        gradients = torch.autograd.grad(out.sum(), (query, key, value))
+        assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in (out, *gradients))
+        assert torch.equal(mass[..., :2], torch.zeros_like(mass[..., :2]))
+        assert mass[..., 2].min() >= 1
