@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("analysis", "errors", "functional", "hf", "numpy", "reference")
+_SUBMODULES = ("analysis", "dlpack", "errors", "functional", "hf", "numpy", "reference")
 
 # Public name -> the module that defines it.
 _ATTRIBUTES = {
