@@ -65,7 +65,9 @@ fn check_align<T: CpuElement>(exec: Exec, case: &AlignCase<T>) {
     assert_close(&name("d keep"), &got.keep.values(), &truth.keep.values(), gradients);
     assert_close(&name("d mix"), &got.mix.values(), &truth.mix.values(), gradients);
     if let (Some(got), Some(truth)) = (&got.basis, &truth.basis) {
-        assert_close(&name("d basis"), &got.values(), &truth.values(), gradients);
+        // A row of one number has a norm it cannot change: zero in theory, a difference of terms of about 1 in practice.
+        let size = if case.options.dim == 1 { 1.0 } else { 0.0 };
+        assert_close_for_size(&name("d basis"), &got.values(), &truth.values(), gradients, size);
     }
 }
 
