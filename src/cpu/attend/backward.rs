@@ -293,11 +293,14 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
                     }
                     let delta = pack::dot(s, out, d_out, vectors);
                     clear(s, out, 0, depth);
-                    let closed = Closed { logsumexp: logsumexp(part) * S::Real::LOG2_E, delta };
+                    let binary = logsumexp(part).to_f64() * std::f64::consts::LOG2_E;
+                    let closed = Closed { logsumexp: S::Real::from_f64(binary), delta };
                     self.closed.push(closed);
                     if let (Some(d_sink), Some(sink)) = (&self.gradients.sink, problem.sink) {
-                        let z = sink.get([b, info.row.head, info.query, part]) * S::Real::LOG2_E;
-                        let share = exp2_one(s, z - closed.logsumexp);
+                        let z = sink.get([b, info.row.head, info.query, part]).to_f64();
+                        // The logsumexp is no smaller than the sink, whatever its rounding says.
+                        let gap = (z * std::f64::consts::LOG2_E - binary).min(0.0);
+                        let share = exp2_one(s, S::Real::from_f64(gap));
                         let dead = closed.logsumexp == S::Real::INFINITY;
                         let value = if dead { S::Real::ZERO } else { -share * delta };
                         *d_sink.element([b, info.row.head, info.query, part]) = value;

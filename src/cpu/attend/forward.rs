@@ -266,7 +266,9 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             *logsumexp = S::Real::INFINITY;
             if running.seen {
                 factor = S::Real::ONE / running.total;
-                *logsumexp = running.top * S::Real::LN_2 + running.total.ln();
+                // Backward takes every probability from this number: it is rounded once, to its own type.
+                let natural = running.top.to_f64() * std::f64::consts::LN_2 + running.total.to_f64().ln();
+                *logsumexp = S::Real::from_f64(natural);
             }
             if let Some(mass) = &outputs.mass {
                 let sink = self.problem.sink.map(|sink| sink.get([b, head, info.query, part]) * S::Real::LOG2_E);
