@@ -63,21 +63,29 @@ def verdict(
     eager: Tensor | None = None,
     dtype: torch.dtype | None = None,
     scale: float = 0.0,
-    roundings: float = 1.0,
 ) -> Verdict:
     """Compare `got` with its float64 `truth` under the bounds of `dtype`, by default got's own.
 
     `eager` is torch's dense computation in the same dtype. With it the error must also be no more than `EAGER_FACTOR`
-    times the eager error; `roundings` of the dtype are granted, as eager may happen to be exact. A float32 table beside
+    times the eager error; one rounding of the dtype is granted, as eager may happen to be exact. A float32 table beside
     half-precision tensors is only as good as they are: there `dtype` is theirs. `scale` is the size of the terms of a
     result that may cancel.
     """
     dtype = got.dtype if dtype is None else dtype
     bound = BOUNDS[dtype][gradient]
     if eager is not None and dtype != torch.float64:
-        allowance = max(relative_l2(eager, truth, scale), torch.finfo(dtype).eps / 2 * roundings)
+        allowance = max(relative_l2(eager, truth, scale), torch.finfo(dtype).eps / 2)
         bound = min(bound, EAGER_FACTOR * allowance)
     return Verdict(name, relative_l2(got, truth, scale), bound)
+
+
+def pooled_verdict(errors: list[float], eager_errors: list[float], dtype: torch.dtype, *, name: str) -> Verdict:
+    """The factor to eager held over many problems at once: root mean squares of relative errors are compared.
+
+    On one small problem eager's float32 error is a matter of luck, from nothing at all to several roundings.
+    """
+    own, eager = (sum(error**2 for error in e) ** 0.5 / max(len(e), 1) ** 0.5 for e in (errors, eager_errors))
+    return Verdict(name, own, EAGER_FACTOR * max(eager, torch.finfo(dtype).eps / 2))
 
 
 def assert_close(got: Tensor, truth: Tensor, *, name: str, gradient: bool = False, eager: Tensor | None = None) -> None:
