@@ -1,137 +1,21 @@
-//! Backward: probabilities recomputed tile by tile from the logsumexp, five products a tile.
-//!
-//! A task is one key head and a share of its query heads: it alone writes their rows of dQ, d sink and d bias, and sums
-//! dK and dV over them. Where a key head has several tasks their sums are added in order afterwards. The shares depend
-//! on the problem alone, so the result does not depend on the threads.
+//! What one thread does in backward: packs a key head, then goes through row blocks tile by tile.
 
-use super::mask::{Block, Content, Part, Tables};
-use super::plan::{KEYS, ROWS, RowBlock, Sizes, row_blocks};
-use super::rows::{RowInfo, Tile, infos, tiles};
+use super::Partial;
+use crate::cpu::CpuReal;
+use crate::cpu::attend::mask::{Block, Content, Part, Tables};
+use crate::cpu::attend::plan::{KEYS, ROWS, RowBlock, Sizes};
+use crate::cpu::attend::rows::{RowInfo, Tile, infos, tiles};
 use crate::cpu::buffer::Buffer;
 use crate::cpu::kernel::exp2::{exp2, exp2_one};
 use crate::cpu::kernel::gemm::{Left, Right, Size, Target, gemm};
 use crate::cpu::kernel::pack;
 use crate::cpu::kernel::softmax::{clear, split_sum};
-use crate::cpu::simd::{Simd, Task};
-use crate::cpu::{CpuReal, parallel};
+use crate::cpu::simd::Simd;
 use crate::dtype::{Element, Real};
 use crate::error::Result;
 use crate::ids::PADDING;
 use crate::problem::{AttendGradients, AttendProblem, AttendUpstream};
 use std::ops::Range;
-
-/// Tasks a problem is cut into, if its heads allow: enough to keep a large machine busy.
-const TASKS: usize = 8;
-
-pub(super) fn run<S, T>(
-    s: S,
-    threads: usize,
-    problem: &AttendProblem<'_, T>,
-    upstream: &AttendUpstream<'_, T>,
-    gradients: &mut AttendGradients<'_, T>,
-) -> Result<()>
-where
-    S: Simd<Real = T::Acc>,
-    T: Element<Acc: CpuReal>,
-{
-    let sizes = Sizes::new(s, problem);
-    let units = sizes.batch * sizes.kv_heads;
-    if let Some(bias) = &mut gradients.bias {
-        bias.as_mut_slice().fill(T::Acc::ZERO);
-    }
-    if units == 0 || sizes.group == 0 || sizes.queries == 0 || sizes.keys == 0 {
-        gradients.query.as_mut_slice().fill(T::default());
-        gradients.key.as_mut_slice().fill(T::default());
-        gradients.value.as_mut_slice().fill(T::default());
-        if let Some(sink) = &mut gradients.sink {
-            sink.as_mut_slice().fill(T::Acc::ZERO);
-        }
-        return Ok(());
-    }
-    let heads = sizes.group.div_ceil(TASKS.div_ceil(units).min(sizes.group));
-    let shares = sizes.group.div_ceil(heads);
-    let tasks = units * shares;
-    let tile = sizes.keys * sizes.stride;
-    let partial = Buffer::new(if shares > 1 { tasks * 2 * tile } else { 0 }, "partial gradients of keys and values")?;
-    let partial = Partial { sums: partial, tile };
-    let gradients = &*gradients;
-    let worker = |_| Worker::new(s, problem, upstream, gradients, sizes);
-    let mut workers = (0..threads.min(tasks)).map(worker).collect::<Result<Vec<_>>>()?;
-    parallel::run(&mut workers, tasks, |worker, task| {
-        let (unit, share) = (task / shares, task % shares);
-        let head = [unit / sizes.kv_heads, unit % sizes.kv_heads];
-        let first = share * heads;
-        let queries = first..(first + heads).min(sizes.group);
-        let leave = (shares > 1).then_some((&partial, task));
-        s.vectorize(Share { worker, head, queries, leave });
-    });
-    if shares > 1 {
-        parallel::run(&mut workers, units, |worker, unit| {
-            let head = [unit / sizes.kv_heads, unit % sizes.kv_heads];
-            let tasks = unit * shares..(unit + 1) * shares;
-            s.vectorize(Gather { worker, head, partial: &partial, tasks });
-        });
-    }
-    Ok(())
-}
-
-/// Sums of dK and dV of every task, for key heads that have more than one.
-struct Partial<R: Real> {
-    sums: Buffer<R>,
-    tile: usize,
-}
-
-impl<R: Real> Partial<R> {
-    /// dK (0) or dV (1) of a task.
-    fn slot(&self, task: usize, which: usize) -> *mut R {
-        (&raw const self.sums[(2 * task + which) * self.tile]).cast_mut()
-    }
-}
-
-/// Some query heads of one key head.
-struct Share<'w, 'a, S: Simd, T: Element<Acc = S::Real>> {
-    worker: &'w mut Worker<'a, S, T>,
-    head: [usize; 2],
-    /// Query heads, counted inside the group.
-    queries: Range<usize>,
-    /// Where to leave the sums of dK and dV, if other tasks add to them.
-    leave: Option<(&'w Partial<S::Real>, usize)>,
-}
-
-impl<S: Simd, T: Element<Acc = S::Real>> Task for Share<'_, '_, S, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        let Self { worker, head, queries, leave } = self;
-        worker.pack_keys(head);
-        for mut block in row_blocks(queries.len(), worker.sizes.queries) {
-            block.heads = block.heads.start + queries.start..block.heads.end + queries.start;
-            worker.rows(&block);
-        }
-        match leave {
-            None => worker.finish(),
-            Some((partial, task)) => worker.leave(partial, task),
-        }
-    }
-}
-
-/// The sums of all tasks of one key head.
-struct Gather<'w, 'a, S: Simd, T: Element<Acc = S::Real>> {
-    worker: &'w mut Worker<'a, S, T>,
-    head: [usize; 2],
-    partial: &'w Partial<S::Real>,
-    tasks: Range<usize>,
-}
-
-impl<S: Simd, T: Element<Acc = S::Real>> Task for Gather<'_, '_, S, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        self.worker.gather(self.partial, self.tasks, self.head);
-    }
-}
 
 /// One softmax of a row: its logsumexp in log2 units and delta = dO . o.
 #[derive(Debug, Clone, Copy)]
@@ -140,7 +24,8 @@ struct Closed<R> {
     delta: R,
 }
 
-struct Worker<'a, S: Simd, T: Element<Acc = S::Real>> {
+/// Workspaces and the problem.
+pub(super) struct Worker<'a, S: Simd, T: Element<Acc = S::Real>> {
     s: S,
     problem: &'a AttendProblem<'a, T>,
     upstream: &'a AttendUpstream<'a, T>,
@@ -169,7 +54,7 @@ struct Worker<'a, S: Simd, T: Element<Acc = S::Real>> {
 }
 
 impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
-    fn new(
+    pub(super) fn new(
         s: S,
         problem: &'a AttendProblem<'a, T>,
         upstream: &'a AttendUpstream<'a, T>,
@@ -206,9 +91,14 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         })
     }
 
+    /// Number of queries.
+    pub(super) fn queries(&self) -> usize {
+        self.sizes.queries
+    }
+
     /// Packs the keys and values of a key head, unless they are, and starts its sums.
     #[inline(always)]
-    fn pack_keys(&mut self, head: [usize; 2]) {
+    pub(super) fn pack_keys(&mut self, head: [usize; 2]) {
         self.d_key.fill(S::Real::ZERO);
         self.d_value.fill(S::Real::ZERO);
         if self.packed && self.head == head {
@@ -240,7 +130,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
 
     /// All of one row block, for the packed key head.
     #[inline(always)]
-    fn rows(&mut self, block: &RowBlock) {
+    pub(super) fn rows(&mut self, block: &RowBlock) {
         self.pack_rows(block);
         let most = self.infos.iter().map(|info| info.visible).max().unwrap_or(0);
         for key_block in 0..most.div_ceil(KEYS) {
@@ -465,7 +355,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
 
     /// dK and dV of a key head that has no other task.
     #[inline(always)]
-    fn finish(&mut self) {
+    pub(super) fn finish(&mut self) {
         let Sizes { depth, stride, keys, .. } = self.sizes;
         let [b, h] = self.head;
         for j in 0..keys {
@@ -481,7 +371,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
 
     /// Leaves the sums of one task for [`Self::gather`].
     #[inline(always)]
-    fn leave(&mut self, partial: &Partial<S::Real>, task: usize) {
+    pub(super) fn leave(&mut self, partial: &Partial<S::Real>, task: usize) {
         for (which, sums) in [&self.d_key, &self.d_value].into_iter().enumerate() {
             // SAFETY: a slot has the size of the sums, and a task has its own.
             unsafe { partial.slot(task, which).copy_from_nonoverlapping(sums.as_ptr(), sums.len()) };
@@ -490,7 +380,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
 
     /// Adds the sums of a key head's tasks in order and writes dK and dV.
     #[inline(always)]
-    fn gather(&mut self, partial: &Partial<S::Real>, tasks: Range<usize>, head: [usize; 2]) {
+    pub(super) fn gather(&mut self, partial: &Partial<S::Real>, tasks: Range<usize>, head: [usize; 2]) {
         self.head = head;
         self.d_key.fill(S::Real::ZERO);
         self.d_value.fill(S::Real::ZERO);
