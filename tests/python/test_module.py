@@ -81,7 +81,7 @@ def by_the_book(module: ModaAttention, hidden: Tensor, modality: Tensor, context
             sinks.append((remaining.log() + score).masked_fill((modality < 0)[:, None], -torch.inf))
         elif config.mask != "none":
             base = moda.mask.base[which]
-            decay = moda.mask.decay[which] if config.mask == "decay" else torch.zeros_like(base)
+            decay = moda.mask.decay[which].abs() if config.mask == "decay" else torch.zeros_like(base)
             sinks.append(reference.pseudo_sink(position, modality, config.span, decay, base))
     if sinks:
         options["sink"] = torch.stack(sinks, -1) if config.combine == "split" else sinks[0]
@@ -190,6 +190,20 @@ def test_starting_values():
     assert (mask.base == -4).all()
     assert (ModaAttention(24, 4, config=ModaConfig(decay=0.5)).moda.mask.decay == 0.5).all()
     assert (ModaAttention(24, 4, config=ModaConfig.paper()).moda.mask.base == 0).all()
+
+
+def test_a_decay_counts_by_its_magnitude():
+    """A step past zero must not let the pseudo-scores of a long span take all mass, which would leave no gradient."""
+    module = ModaAttention(24, 4, config=ModaConfig())
+    hidden, modality = torch.randn(1, 6, 24), torch.tensor([[0, 1, 1, 0, 0, 1]])
+    with torch.no_grad():
+        module.moda.mask.decay.fill_(0.01)
+        out = module(hidden, modality)
+        module.moda.mask.decay.fill_(-0.01)
+    crossed = module(hidden, modality)
+    assert torch.equal(crossed, out)
+    crossed.square().sum().backward()
+    assert module.moda.mask.decay.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize(
