@@ -51,8 +51,8 @@ class ModularMask(nn.Module):
             sinks = [self._from_mask_key(which, query.to(dtype), query_modality, position, scale) for which in sets]
         else:
             base = self.base.to(dtype)
-            # The magnitude: were a step to carry a decay below zero, its pseudo-scores would grow over the span, take all
-            # mass of the head at once and leave it no gradient to come back by.
+            # The magnitude: were a step to carry a decay below zero, its pseudo-scores would grow over the span, take
+            # all mass of the head at once and leave it no gradient to come back by.
             decay = torch.zeros_like(base) if self.decay is None else self.decay.to(dtype).abs()
             sinks = [
                 F.pseudo_sink(position, query_modality, self.config.span, decay[which], base[which]) for which in sets
