@@ -7,7 +7,7 @@ enter, in :meth:`moda_attn.hf.registry.Family.attentions` and its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -41,13 +41,11 @@ class VisionLanguageModel(nn.Module):
 
     config: Any
     generation_config: Any
+    #: Of PEFT, where it wraps the model.
+    get_base_model: Callable[[], nn.Module]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Of ``GenerationMixin``."""
 
     def set_attn_implementation(self, attn_implementation: str | Mapping[str, str]) -> None:
         """Of ``PreTrainedModel``."""
-
-    def get_base_model(self) -> nn.Module:
-        """Of PEFT, where it wraps the model."""
-        raise NotImplementedError

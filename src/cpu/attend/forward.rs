@@ -12,7 +12,6 @@ use crate::cpu::simd::{Simd, Task};
 use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
-use crate::ids::PADDING;
 use crate::problem::{AttendOutputs, AttendProblem};
 
 pub(super) fn run<S, T>(
@@ -83,6 +82,7 @@ struct Worker<'a, S: Simd, T: Element<Acc = S::Real>> {
     query: Buffer<S::Real>,
     scores: Buffer<S::Real>,
     sums: Buffer<S::Real>,
+    /// Where the two outputs of "split" add up; empty for "joint".
     result: Buffer<S::Real>,
     tables: Tables<S::Real>,
     infos: Vec<RowInfo>,
@@ -106,7 +106,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             query: Buffer::new(rows * sizes.stride, "a block of queries")?,
             scores: Buffer::new(rows * sizes.score_stride, "a block of scores")?,
             sums: Buffer::new(rows * sizes.stride, "a block of outputs")?,
-            result: Buffer::new(rows * sizes.stride, "a block of outputs")?,
+            result: Buffer::new((sizes.parts - 1) * rows * sizes.stride, "a block of outputs")?,
             tables: Tables::new(&sizes)?,
             infos: Vec::with_capacity(rows),
             running: Vec::with_capacity(rows),
@@ -150,7 +150,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             let most = self.infos.iter().map(|info| info.visible).max().unwrap_or(0);
             for key_block in 0..most.div_ceil(KEYS) {
                 let admitted = |content: Content| match content {
-                    Content::Mixed => true,
+                    Content::Mixed { .. } => true,
                     Content::Uniform(key) => self.infos.iter().any(|info| part.admits(info.row.modality, key)),
                 };
                 if admitted(self.contents[key_block]) {
@@ -198,8 +198,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         let range = self.sizes.key_block(index);
         let ids = &self.problem.modality.row(b)[range.clone()];
         let content = self.contents[index];
-        let has_padding = content == Content::Mixed && ids.contains(&PADDING);
-        let keys = Block { batch: b, ids, has_padding, part };
+        let keys = Block { batch: b, ids, content, part };
         self.tables.clear();
         let panels = Right::panels(s, &raw const self.key_panels[range.start * depth], depth);
         let values = Right::rows(s, &raw const self.values[range.start * stride], stride);
@@ -231,7 +230,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
                             (Part::SelfKeys, _) => Some(true),
                             (Part::CrossKeys, _) => Some(false),
                             (Part::Whole, Content::Uniform(key)) => Some(key == info.row.modality),
-                            (Part::Whole, Content::Mixed) => None,
+                            (Part::Whole, Content::Mixed { .. }) => None,
                         };
                         let (own, cross) = match uniform {
                             Some(true) => (block, S::Real::ZERO),

@@ -14,15 +14,18 @@ use crate::problem::AttendProblem;
 pub(super) enum Content {
     /// Keys of this one modality (-1: nothing but padding).
     Uniform(i32),
-    /// Several modalities, or some padding.
-    Mixed,
+    /// Several modalities, or some padding among the keys.
+    Mixed {
+        /// Whether there is padding.
+        padded: bool,
+    },
 }
 
 impl Content {
     pub(super) fn of(ids: &[i32]) -> Self {
         match ids {
             [first, rest @ ..] if rest.iter().all(|id| id == first) => Self::Uniform(*first),
-            _ => Self::Mixed,
+            _ => Self::Mixed { padded: ids.contains(&PADDING) },
         }
     }
 }
@@ -94,7 +97,8 @@ impl<R: CpuReal> Tables<R> {
         keys: Block<'_>,
         row: Row,
     ) -> *const R {
-        let plain = keys.part == Part::Whole && problem.bias.is_none() && !keys.has_padding;
+        let padded = keys.content == Content::Mixed { padded: true };
+        let plain = keys.part == Part::Whole && problem.bias.is_none() && !padded;
         if plain {
             return self.zeros.as_ptr();
         }
@@ -130,7 +134,7 @@ impl<R: CpuReal> Tables<R> {
 pub(super) struct Block<'a> {
     pub(super) batch: usize,
     pub(super) ids: &'a [i32],
-    pub(super) has_padding: bool,
+    pub(super) content: Content,
     pub(super) part: Part,
 }
 

@@ -287,7 +287,6 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         let visible = info.sees(&range);
         let ids = &self.problem.modality.row(b)[range];
         let content = self.contents[key_block];
-        let has_padding = content == Content::Mixed && ids.contains(&PADDING);
         // SAFETY: the row's scores hold a whole block of keys, of which `farthest` were computed.
         let (p, d) = unsafe {
             let p = self.probabilities.as_mut_ptr().add(row * score_stride);
@@ -302,7 +301,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         }
         let mut masks = [std::ptr::null(); 2];
         for (part, mask) in Part::all(parts).iter().zip(&mut masks) {
-            let keys = Block { batch: b, ids, has_padding, part: *part };
+            let keys = Block { batch: b, ids, content, part: *part };
             *mask = self.tables[usize::from(*part == Part::CrossKeys)].added(self.problem, keys, info.row);
         }
         let closed = &self.closed[row * parts..][..parts];
@@ -323,11 +322,11 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             }
         }
         if let Some(d_bias) = &self.gradients.bias {
-            let keys = Block { batch: b, ids, has_padding, part: Part::Whole };
+            let keys = Block { batch: b, ids, content, part: Part::Whole };
             let query = info.row.modality as usize;
             let modalities = match content {
                 Content::Uniform(key) => key..key + 1,
-                Content::Mixed => 0..self.sizes.modalities as i32,
+                Content::Mixed { .. } => 0..self.sizes.modalities as i32,
             };
             for key in modalities {
                 // SAFETY: the row's score gradients, zero past the visible ones; this task alone owns the head's table.
