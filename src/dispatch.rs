@@ -14,12 +14,17 @@ pub struct Choice {
     pub reason: String,
 }
 
-/// The decision itself: what was asked for, out of what there is. Pure.
-pub fn select(asked: Option<&str>, available: &[Isa]) -> Result<Choice> {
+/// The decision itself: what was asked for, out of what there is; unasked the widest of those that pay. Pure.
+pub fn select(asked: Option<&str>, available: &[Isa], pays: impl Fn(Isa) -> bool) -> Result<Choice> {
     match asked {
         None => {
-            let isa = available.iter().copied().max().unwrap_or(Isa::Scalar);
-            Ok(Choice { isa, reason: format!("the widest this machine has ({} is available)", names(available)) })
+            let (paying, slow): (Vec<Isa>, Vec<Isa>) = available.iter().copied().partition(|&isa| pays(isa));
+            let isa = paying.iter().copied().max().unwrap_or(Isa::Scalar);
+            let mut reason = format!("the widest this machine has ({} is available)", names(&paying));
+            if !slow.is_empty() {
+                reason += &format!("; {} would be slower on this CPU", names(&slow));
+            }
+            Ok(Choice { isa, reason })
         }
         Some(name) => {
             let found = available.iter().copied().find(|isa| isa.name() == name);
@@ -36,7 +41,7 @@ pub fn choice() -> Result<Choice> {
         .get_or_init(|| {
             let available: Vec<Isa> = Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect();
             let asked = env::var("MODA_ATTN_ISA").ok().filter(|name| !name.is_empty());
-            select(asked.as_deref(), &available)
+            select(asked.as_deref(), &available, Isa::pays)
         })
         .clone()
 }
@@ -51,14 +56,23 @@ mod tests {
 
     #[test]
     fn the_widest_is_chosen_unless_asked_otherwise() {
-        assert_eq!(select(None, &[Isa::Scalar, Isa::Avx2]).unwrap().isa, Isa::Avx2);
-        assert_eq!(select(Some("scalar"), &[Isa::Scalar, Isa::Avx2]).unwrap().isa, Isa::Scalar);
+        assert_eq!(select(None, &[Isa::Scalar, Isa::Avx2], |_| true).unwrap().isa, Isa::Avx2);
+        assert_eq!(select(Some("scalar"), &[Isa::Scalar, Isa::Avx2], |_| true).unwrap().isa, Isa::Scalar);
+    }
+
+    #[test]
+    fn what_does_not_pay_runs_only_when_asked_for() {
+        let pays = |isa| isa != Isa::Avx512Bf16;
+        let choice = select(None, &Isa::ALL, pays).unwrap();
+        assert_eq!(choice.isa, Isa::Avx512);
+        assert!(choice.reason.contains("avx512bf16 would be slower"), "{}", choice.reason);
+        assert_eq!(select(Some("avx512bf16"), &Isa::ALL, pays).unwrap().isa, Isa::Avx512Bf16);
     }
 
     #[test]
     fn what_the_machine_lacks_is_an_error_not_a_fallback() {
         for wish in ["avx512", "sse9"] {
-            let error = select(Some(wish), &[Isa::Scalar, Isa::Avx2]).unwrap_err().to_string();
+            let error = select(Some(wish), &[Isa::Scalar, Isa::Avx2], |_| true).unwrap_err().to_string();
             assert!(error.contains(wish) && error.contains("scalar, avx2"), "{error}");
         }
     }

@@ -6,6 +6,7 @@
 mod align;
 mod attend;
 mod buffer;
+mod dot;
 pub mod isa;
 pub mod kernel;
 pub mod parallel;
@@ -37,7 +38,7 @@ macro_rules! with_token {
                 $body
             }
             #[cfg(target_arch = "x86_64")]
-            $crate::cpu::Isa::Avx512 => {
+            $crate::cpu::Isa::Avx512 | $crate::cpu::Isa::Avx512Bf16 => {
                 let $s = <$real as $crate::cpu::CpuReal>::avx512().expect("this machine has AVX-512");
                 $body
             }
@@ -47,6 +48,24 @@ macro_rules! with_token {
     };
 }
 pub(crate) use with_token;
+
+/// Calls a generic function with the products that attention on a dtype is to use: those of bfloat16 pairs where the
+/// instruction set has them and the tensors are bfloat16, else those of plain numbers.
+macro_rules! with_dot {
+    ($exec:expr, bf16, $dot:ident => $body:expr) => {
+        match $exec.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => {
+                let $dot = isa::avx512bf16::Avx512Bf16::new().expect("this machine has AVX512-BF16");
+                $body
+            }
+            _ => with_token!($exec, f32, $dot => $body),
+        }
+    };
+    ($exec:expr, $type:ident, $dot:ident => $body:expr) => {
+        with_token!($exec, <$type as Element>::Acc, $dot => $body)
+    };
+}
 
 /// How a call runs: which instruction set, on how many threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +103,7 @@ pub trait CpuElement: Element<Acc: CpuReal> {
 }
 
 macro_rules! cpu_element {
-    ($($type:ty),*) => {
+    ($($type:ident),*) => {
         $(impl CpuElement for $type {
             fn align(exec: Exec, problem: &AlignProblem<'_, Self>, outputs: &mut AlignOutputs<'_, Self>) -> Result<()> {
                 align::forward(exec, problem, outputs)
@@ -100,7 +119,7 @@ macro_rules! cpu_element {
             }
 
             fn attend(exec: Exec, problem: &AttendProblem<'_, Self>, outputs: &mut AttendOutputs<'_, Self>) -> Result<()> {
-                attend::forward(exec, problem, outputs)
+                with_dot!(exec, $type, dot => attend::forward(dot, exec.threads, problem, outputs))
             }
 
             fn attend_backward(
@@ -109,7 +128,7 @@ macro_rules! cpu_element {
                 upstream: &AttendUpstream<'_, Self>,
                 gradients: &mut AttendGradients<'_, Self>,
             ) -> Result<()> {
-                attend::backward(exec, problem, upstream, gradients)
+                with_dot!(exec, $type, dot => attend::backward(dot, exec.threads, problem, upstream, gradients))
             }
         })*
     };

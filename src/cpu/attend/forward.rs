@@ -4,27 +4,29 @@ use super::mask::{Block, Content, Part, Row, Tables};
 use super::plan::{KEYS, ROWS, RowBlock, Sizes, row_blocks};
 use super::rows::{RowInfo, Tile, infos, tiles};
 use crate::cpu::buffer::Buffer;
+use crate::cpu::dot::Dot;
 use crate::cpu::kernel::exp2::exp2_one;
-use crate::cpu::kernel::gemm::{Left, Right, Size, Target, gemm};
+use crate::cpu::kernel::gemm::{Left, Right, Size, Target};
 use crate::cpu::kernel::pack;
-use crate::cpu::kernel::softmax::{Running, Span, clear, softmax, split_sum};
+use crate::cpu::kernel::softmax::{Running, Span, clear_left, follow, settle};
 use crate::cpu::simd::{Simd, Task};
 use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
 use crate::problem::{AttendOutputs, AttendProblem};
+use std::ops::Range;
 
-pub(super) fn run<S, T>(
-    s: S,
+pub(in crate::cpu) fn run<D, T>(
+    d: D,
     threads: usize,
     problem: &AttendProblem<'_, T>,
     outputs: &mut AttendOutputs<'_, T>,
 ) -> Result<()>
 where
-    S: Simd<Real = T::Acc>,
+    D: Dot<Real = T::Acc>,
     T: Element<Acc: CpuReal>,
 {
-    let sizes = Sizes::new(s, problem);
+    let sizes = Sizes::new(d, problem);
     let blocks = row_blocks(sizes.group, sizes.queries);
     let units = sizes.batch * sizes.kv_heads;
     if units == 0 || blocks.is_empty() {
@@ -35,26 +37,26 @@ where
     let shares = if threads == 1 { 1 } else { (4 * threads).div_ceil(units).min(blocks.len()) };
     let tasks = units * shares;
     let outputs = &*outputs;
-    let worker = |_| Worker::new(s, problem, sizes, outputs.mass.is_some());
+    let worker = |_| Worker::new(d, problem, sizes, outputs.mass.is_some());
     let mut workers = (0..threads.min(tasks)).map(worker).collect::<Result<Vec<_>>>()?;
     parallel::run(&mut workers, tasks, |worker, task| {
         let (unit, share) = (task / shares, task % shares);
         let head = [unit / sizes.kv_heads, unit % sizes.kv_heads];
-        s.vectorize(Share { worker, head, blocks: &blocks[share..], step: shares, outputs });
+        d.enter(Share { worker, head, blocks: &blocks[share..], step: shares, outputs });
     });
     Ok(())
 }
 
 /// Every `step`-th row block of one key head.
-struct Share<'w, 'a, S: Simd, T: Element<Acc = S::Real>> {
-    worker: &'w mut Worker<'a, S, T>,
+struct Share<'w, 'a, D: Dot, T: Element<Acc = D::Real>> {
+    worker: &'w mut Worker<'a, D, T>,
     head: [usize; 2],
     blocks: &'w [RowBlock],
     step: usize,
     outputs: &'w AttendOutputs<'a, T>,
 }
 
-impl<S: Simd, T: Element<Acc = S::Real>> Task for Share<'_, '_, S, T> {
+impl<D: Dot, T: Element<Acc = D::Real>> Task for Share<'_, '_, D, T> {
     type Output = ();
 
     #[inline(always)]
@@ -66,41 +68,42 @@ impl<S: Simd, T: Element<Acc = S::Real>> Task for Share<'_, '_, S, T> {
     }
 }
 
-struct Worker<'a, S: Simd, T: Element<Acc = S::Real>> {
-    s: S,
+struct Worker<'a, D: Dot, T: Element<Acc = D::Real>> {
+    d: D,
     problem: &'a AttendProblem<'a, T>,
     sizes: Sizes,
     wants_mass: bool,
     /// Whose keys are packed.
     packed: Option<[usize; 2]>,
+    // Operands are kept as numbers of the same size: see `Dot::Unit`.
     /// Keys, transposed, in panels.
-    key_panels: Buffer<S::Real>,
-    values: Buffer<S::Real>,
-    /// A block of keys before its transposition.
-    staging: Buffer<S::Real>,
+    key_panels: Buffer<D::Real>,
+    values: Buffer<D::Real>,
+    /// A block of keys or values before it becomes an operand.
+    staging: Buffer<D::Real>,
     contents: Vec<Content>,
-    query: Buffer<S::Real>,
-    scores: Buffer<S::Real>,
-    sums: Buffer<S::Real>,
+    query: Buffer<D::Real>,
+    scores: Buffer<D::Real>,
+    sums: Buffer<D::Real>,
     /// Where the two outputs of "split" add up; empty for "joint".
-    result: Buffer<S::Real>,
-    tables: Tables<S::Real>,
+    result: Buffer<D::Real>,
+    tables: Tables<D::Real>,
     infos: Vec<RowInfo>,
-    running: Vec<Running<S::Real>>,
+    running: Vec<Running<D::Real>>,
 }
 
-impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
-    fn new(s: S, problem: &'a AttendProblem<'a, T>, sizes: Sizes, wants_mass: bool) -> Result<Self> {
-        let padded = sizes.keys.next_multiple_of(2 * S::LANES);
+impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
+    fn new(d: D, problem: &'a AttendProblem<'a, T>, sizes: Sizes, wants_mass: bool) -> Result<Self> {
+        let padded = sizes.keys.next_multiple_of(2 * D::Simd::LANES);
         let rows = ROWS.min(sizes.group * sizes.queries);
         Ok(Self {
-            s,
+            d,
             problem,
             sizes,
             wants_mass,
             packed: None,
-            key_panels: Buffer::new(padded * sizes.depth, "packed keys")?,
-            values: Buffer::new(sizes.keys * sizes.stride, "packed values")?,
+            key_panels: Buffer::new(padded * sizes.units, "packed keys")?,
+            values: Buffer::new(sizes.keys.div_ceil(D::DEPTH) * sizes.stride, "packed values")?,
             staging: Buffer::new(KEYS.min(sizes.keys) * sizes.stride, "a block of keys")?,
             contents: Vec::with_capacity(sizes.key_blocks()),
             query: Buffer::new(rows * sizes.stride, "a block of queries")?,
@@ -122,20 +125,26 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         self.packed = Some([b, h]);
         self.contents.clear();
         let ids = self.problem.modality.row(b);
-        let Sizes { depth, stride, .. } = self.sizes;
+        let Sizes { units, stride, vectors, .. } = self.sizes;
         for block in 0..self.sizes.key_blocks() {
             let range = self.sizes.key_block(block);
             let (first, ids) = (range.start, &ids[range]);
             self.contents.push(Content::of(ids));
             let key = self.problem.key.skip(2, first);
             let value = self.problem.value.skip(2, first);
-            // SAFETY: `staging` has a block of rows, `values` a row for every key, `key_panels` whole panels of keys;
-            // a block of keys is a whole number of panels.
+            // SAFETY: `staging` has a block of rows, `values` units for every key, `key_panels` whole panels of keys;
+            // a block of keys is a whole number of panels and of units.
             unsafe {
-                pack::rows(self.s, &key, [b, h], ids, self.staging.as_mut_ptr(), stride);
-                let panels = self.key_panels.as_mut_ptr().add(first * depth);
-                pack::transpose(self.s, self.staging.as_ptr(), stride, [ids.len(), depth], panels);
-                pack::rows(self.s, &value, [b, h], ids, self.values.as_mut_ptr().add(first * stride), stride);
+                let staging = self.staging.as_mut_ptr();
+                pack::rows(self.d.simd(), &key, [b, h], ids, staging, stride);
+                for row in 0..ids.len() {
+                    pack::left(self.d, staging.add(row * stride), vectors);
+                }
+                let panels = self.key_panels.as_mut_ptr().add(first * units).cast();
+                pack::transpose(self.d, staging.cast_const().cast(), stride, [ids.len(), units], panels);
+                pack::rows(self.d.simd(), &value, [b, h], ids, staging, stride);
+                let values = self.values.as_mut_ptr().add(first / D::DEPTH * stride).cast();
+                pack::right(self.d, staging, stride, [ids.len(), vectors], values);
             }
         }
     }
@@ -161,19 +170,19 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         }
     }
 
-    /// Rows of the block, scaled to log2 units.
+    /// The queries of the block.
     #[inline(always)]
     fn pack_queries(&mut self, block: &RowBlock, [b, h]: [usize; 2]) {
-        let problem = self.problem;
+        let (problem, s) = (self.problem, self.d.simd());
         self.infos.clear();
         self.infos.extend(infos(problem, &self.sizes, block, [b, h]));
-        let factor = problem.scale * S::Real::LOG2_E;
         for (row, info) in self.infos.iter().enumerate() {
             // SAFETY: the buffer holds every row of a block.
             unsafe {
                 let target = self.query.as_mut_ptr().add(row * self.sizes.stride);
-                pack::row(self.s, &problem.query, [b, info.row.head, info.query], factor, target);
-                pack::poison(self.s, target, self.sizes.vectors);
+                pack::row(s, &problem.query, [b, info.row.head, info.query], D::Real::ONE, target);
+                pack::poison(s, target, self.sizes.vectors);
+                pack::left(self.d, target, self.sizes.vectors);
             }
         }
     }
@@ -185,71 +194,103 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         self.running.clear();
         self.running.extend(self.infos.iter().map(|info| {
             let sink = problem.sink.map(|sink| sink.get([b, info.row.head, info.query, part]));
-            Running::new(sink.map_or(S::Real::NEG_INFINITY, |sink| sink * S::Real::LOG2_E))
+            Running::new(sink.map_or(D::Real::NEG_INFINITY, |sink| sink * D::Real::LOG2_E))
         }));
-        self.sums.fill(S::Real::ZERO);
+        self.sums.fill(D::Real::ZERO);
     }
 
     /// Scores, softmax and weighted values of one key block.
     #[inline(always)]
     fn key_block(&mut self, b: usize, index: usize, part: Part) {
-        let s = self.s;
-        let Sizes { depth, stride, score_stride, vectors, .. } = self.sizes;
+        let Sizes { stride, score_stride, vectors, .. } = self.sizes;
         let range = self.sizes.key_block(index);
         let ids = &self.problem.modality.row(b)[range.clone()];
-        let content = self.contents[index];
-        let keys = Block { batch: b, ids, content, part };
+        let keys = Block { batch: b, ids, content: self.contents[index], part };
         self.tables.clear();
-        let panels = Right::panels(s, &raw const self.key_panels[range.start * depth], depth);
-        let values = Right::rows(s, &raw const self.values[range.start * stride], stride);
-        for Tile { rows: tile, reach } in tiles(&self.infos, &range, S::TALL) {
-            let size = Size { rows: tile.len(), vectors: reach.div_ceil(S::LANES), depth };
-            // SAFETY: the rows of the tile, and panels up to the keys it reaches; scores hold a whole block of keys.
-            unsafe {
-                let query = self.query.as_ptr().add(tile.start * stride);
-                let pointer = self.scores.as_mut_ptr().add(tile.start * score_stride);
-                let left = Left { pointer: query, row_stride: stride, depth_stride: 1 };
-                gemm(s, size, left, panels, Target { pointer, row_stride: score_stride, accumulate: false });
-            }
-            for row in tile.clone() {
-                let info = self.infos[row];
-                let visible = info.sees(&range);
-                // SAFETY: the row's scores, of which `reach` keys were computed and are zeroed where not visible.
-                unsafe {
-                    let scores = self.scores.as_mut_ptr().add(row * score_stride);
-                    let sums = self.sums.as_mut_ptr().add(row * stride);
-                    if visible == 0 {
-                        clear(s, scores, 0, reach);
-                        continue;
-                    }
-                    let added = self.tables.added(self.problem, keys, info.row);
-                    let running = &mut self.running[row];
-                    let block = softmax(s, Span { scores, added, visible, reach }, running, (sums, vectors));
-                    if self.wants_mass {
-                        let uniform = match (part, content) {
-                            (Part::SelfKeys, _) => Some(true),
-                            (Part::CrossKeys, _) => Some(false),
-                            (Part::Whole, Content::Uniform(key)) => Some(key == info.row.modality),
-                            (Part::Whole, Content::Mixed { .. }) => None,
-                        };
-                        let (own, cross) = match uniform {
-                            Some(true) => (block, S::Real::ZERO),
-                            Some(false) => (S::Real::ZERO, block),
-                            None => split_sum(s, scores, self.tables.own(keys, info.row.modality), visible),
-                        };
-                        running.own += own;
-                        running.cross += cross;
-                    }
+        let from = range.start / D::DEPTH * stride;
+        let tiles: Vec<Tile> = tiles(&self.infos, &range, D::Simd::TALL).collect();
+        for Tile { rows, reach } in tiles {
+            self.scores(&range, rows.clone(), reach);
+            for row in rows.clone() {
+                let visible = self.infos[row].sees(&range);
+                if visible > 0 {
+                    self.row(keys, &range, row, [visible, reach]);
+                } else {
+                    // SAFETY: the row's scores hold a whole block of keys.
+                    unsafe { clear_left(self.d, self.scores.as_mut_ptr().add(row * score_stride), 0, reach) };
                 }
             }
-            let size = Size { rows: tile.len(), vectors, depth: reach };
+            let size = Size { rows: rows.len(), vectors, depth: reach.div_ceil(D::DEPTH) };
             // SAFETY: the tile's probabilities for `reach` keys, those keys' values, and the tile's sums.
             unsafe {
-                let pointer = self.scores.as_ptr().add(tile.start * score_stride);
+                let pointer = self.scores.as_ptr().add(rows.start * score_stride).cast();
                 let left = Left { pointer, row_stride: score_stride, depth_stride: 1 };
-                let pointer = self.sums.as_mut_ptr().add(tile.start * stride);
-                gemm(s, size, left, values, Target { pointer, row_stride: stride, accumulate: true });
+                let values = Right::rows(self.d, self.values.as_ptr().add(from).cast(), stride);
+                let pointer = self.sums.as_mut_ptr().add(rows.start * stride);
+                self.d.product(size, left, values, Target { pointer, row_stride: stride, accumulate: true });
             }
+        }
+    }
+
+    /// Products of some queries with the first `reach` keys of a block.
+    #[inline(always)]
+    fn scores(&mut self, range: &Range<usize>, rows: Range<usize>, reach: usize) {
+        let Sizes { units, stride, score_stride, .. } = self.sizes;
+        let size = Size { rows: rows.len(), vectors: reach.div_ceil(D::Simd::LANES), depth: units };
+        // SAFETY: rows of the block, and panels up to the keys they reach; scores hold a whole block of keys.
+        unsafe {
+            let query = self.query.as_ptr().add(rows.start * stride).cast();
+            let left = Left { pointer: query, row_stride: stride, depth_stride: 1 };
+            let panels = Right::panels(self.d, self.key_panels.as_ptr().add(range.start * units).cast(), units);
+            let pointer = self.scores.as_mut_ptr().add(rows.start * score_stride);
+            self.d.product(size, left, panels, Target { pointer, row_stride: score_stride, accumulate: false });
+        }
+    }
+
+    /// The softmax of one row over the first `visible` keys of a block; up to `reach` the others get probability 0.
+    #[inline(always)]
+    fn row(&mut self, keys: Block<'_>, range: &Range<usize>, row: usize, [visible, reach]: [usize; 2]) {
+        let Sizes { stride, score_stride, vectors, .. } = self.sizes;
+        let info = self.infos[row];
+        // Whether all keys are of the query's own modality, or none.
+        let uniform = match (keys.part, keys.content) {
+            (Part::SelfKeys, _) => Some(true),
+            (Part::CrossKeys, _) => Some(false),
+            (Part::Whole, Content::Uniform(key)) => Some(key == info.row.modality),
+            (Part::Whole, Content::Mixed { .. }) => None,
+        };
+        let wants_own = self.wants_mass && uniform.is_none();
+        let span = Span {
+            // SAFETY: a row of the block.
+            scores: unsafe { self.scores.as_mut_ptr().add(row * score_stride) },
+            factor: self.problem.scale * D::Real::LOG2_E,
+            added: self.tables.added(self.problem, keys, info.row),
+            own: wants_own.then(|| self.tables.own(keys, info.row.modality)),
+            visible,
+            reach,
+        };
+        // SAFETY: scores and tables of a whole block of keys.
+        let standing =
+            if self.running[row].seen { unsafe { follow(self.d, span, &mut self.running[row]) } } else { None };
+        let sums = standing.unwrap_or_else(|| {
+            if self.running[row].seen {
+                self.scores(range, row..row + 1, visible);
+            }
+            // SAFETY: as above, and the row's sums.
+            unsafe {
+                let sums = self.sums.as_mut_ptr().add(row * stride);
+                settle(self.d, span, &mut self.running[row], (sums, vectors))
+            }
+        });
+        if self.wants_mass {
+            let (own, cross) = match uniform {
+                Some(true) => (sums.total, D::Real::ZERO),
+                Some(false) => (D::Real::ZERO, sums.total),
+                None => (sums.own, sums.cross),
+            };
+            let running = &mut self.running[row];
+            running.own += own;
+            running.cross += cross;
         }
     }
 
@@ -261,47 +302,53 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             let Row { head, .. } = info.row;
             // SAFETY: this task alone owns the rows of its row block in every output.
             let logsumexp = unsafe { outputs.logsumexp.element([b, head, part, info.query]) };
-            let mut factor = S::Real::ZERO;
-            *logsumexp = S::Real::INFINITY;
+            let mut factor = D::Real::ZERO;
+            *logsumexp = D::Real::INFINITY;
             if running.seen {
-                factor = S::Real::ONE / running.total;
+                factor = D::Real::ONE / running.total;
                 // Backward takes every probability from this number: it is rounded once, to its own type.
                 let natural = running.top.to_f64() * std::f64::consts::LN_2 + running.total.to_f64().ln();
-                *logsumexp = S::Real::from_f64(natural);
+                *logsumexp = D::Real::from_f64(natural);
             }
             if let Some(mass) = &outputs.mass {
-                let sink = self.problem.sink.map(|sink| sink.get([b, head, info.query, part]) * S::Real::LOG2_E);
+                let sink = self.problem.sink.map(|sink| sink.get([b, head, info.query, part]) * D::Real::LOG2_E);
                 // An infinite sink is its own maximum, and the difference of the two is no number.
                 let pseudo = match sink {
-                    None => S::Real::ZERO,
-                    Some(sink) if sink == running.top => S::Real::ONE,
-                    Some(sink) => exp2_one(self.s, sink - running.top),
+                    None => D::Real::ZERO,
+                    Some(sink) if sink == running.top => D::Real::ONE,
+                    Some(sink) => exp2_one(self.d.simd(), sink - running.top),
                 };
                 for (at, share) in [running.own, running.cross, pseudo].into_iter().enumerate() {
                     // SAFETY: as above.
                     let mass = unsafe { mass.element([b, head, info.query, at]) };
-                    let earlier = if part == 0 { S::Real::ZERO } else { *mass };
-                    *mass = earlier + if running.seen { share * factor } else { S::Real::ZERO };
+                    let earlier = if part == 0 { D::Real::ZERO } else { *mass };
+                    *mass = earlier + if running.seen { share * factor } else { D::Real::ZERO };
                 }
             }
             // SAFETY: the row's sums and result, and its place in the outputs.
             unsafe {
                 let sums = self.sums.as_ptr().add(row * stride);
                 if parts == 1 {
-                    pack::unpack(self.s, sums, factor, depth, outputs.out.block([b, head, info.query]).as_mut_ptr());
+                    pack::unpack(
+                        self.d.simd(),
+                        sums,
+                        factor,
+                        depth,
+                        outputs.out.block([b, head, info.query]).as_mut_ptr(),
+                    );
                     continue;
                 }
                 let result = self.result.as_mut_ptr().add(row * stride);
-                pack::accumulate(self.s, sums, factor, result, (vectors, part > 0));
+                pack::accumulate(self.d.simd(), sums, factor, result, (vectors, part > 0));
                 if let Some(both) = &outputs.parts {
                     let target = both.block([b, head, part, info.query]);
-                    pack::unpack(self.s, sums, factor, depth, target.as_mut_ptr());
+                    pack::unpack(self.d.simd(), sums, factor, depth, target.as_mut_ptr());
                 }
                 if part + 1 == parts {
                     pack::unpack(
-                        self.s,
+                        self.d.simd(),
                         result,
-                        S::Real::ONE,
+                        D::Real::ONE,
                         depth,
                         outputs.out.block([b, head, info.query]).as_mut_ptr(),
                     );

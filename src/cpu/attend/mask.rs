@@ -4,6 +4,7 @@
 use super::plan::{KEYS, Sizes};
 use crate::cpu::CpuReal;
 use crate::cpu::buffer::Buffer;
+use crate::cpu::kernel::softmax::Added;
 use crate::dtype::{Element, Real};
 use crate::error::Result;
 use crate::ids::PADDING;
@@ -65,7 +66,6 @@ pub(super) struct Tables<R: Real> {
     added: Buffer<R>,
     /// 1 where the key is of the query's modality, else 0.
     own: Buffer<R>,
-    zeros: Buffer<R>,
     filled: Vec<bool>,
     own_filled: Vec<bool>,
     modalities: usize,
@@ -77,7 +77,6 @@ impl<R: CpuReal> Tables<R> {
         Ok(Self {
             added: Buffer::new(slots * KEYS, "the mask tables of a key block")?,
             own: Buffer::new(sizes.modalities * KEYS, "the modality tables of a key block")?,
-            zeros: Buffer::new(KEYS, "an empty mask table")?,
             filled: vec![false; slots],
             own_filled: vec![false; sizes.modalities],
             modalities: sizes.modalities,
@@ -90,30 +89,34 @@ impl<R: CpuReal> Tables<R> {
         self.own_filled.fill(false);
     }
 
-    /// What to add to the scores of a key block (`KEYS` numbers) for a query of `modality` in head `head` of `group`.
+    /// What to add to the scores of a key block (`KEYS` numbers, if they differ) for a query of `modality` in head `head`
+    /// of `group`.
     pub(super) fn added<T: Element<Acc = R>>(
         &mut self,
         problem: &AttendProblem<'_, T>,
         keys: Block<'_>,
         row: Row,
-    ) -> *const R {
-        let padded = keys.content == Content::Mixed { padded: true };
-        let plain = keys.part == Part::Whole && problem.bias.is_none() && !padded;
-        if plain {
-            return self.zeros.as_ptr();
+    ) -> Added<R> {
+        let bias = |key: i32| match problem.bias {
+            Some(bias) => bias.get([keys.batch, row.head, row.modality as usize, key as usize]) * R::LOG2_E,
+            None => R::ZERO,
+        };
+        let added = |key: i32| if keys.part.admits(row.modality, key) { bias(key) } else { R::NEG_INFINITY };
+        match keys.content {
+            Content::Uniform(key) => return Added::Same(added(key)),
+            Content::Mixed { padded: false } if keys.part == Part::Whole && problem.bias.is_none() => {
+                return Added::Same(R::ZERO);
+            }
+            Content::Mixed { .. } => {}
         }
         let slot = row.head_in_group * self.modalities + row.modality as usize;
         let table = &mut self.added[slot * KEYS..][..KEYS];
         if !std::mem::replace(&mut self.filled[slot], true) {
-            let bias = |key: i32| match problem.bias {
-                Some(bias) => bias.get([keys.batch, row.head, row.modality as usize, key as usize]) * R::LOG2_E,
-                None => R::ZERO,
-            };
             for (entry, &key) in table.iter_mut().zip(keys.ids) {
-                *entry = if keys.part.admits(row.modality, key) { bias(key) } else { R::NEG_INFINITY };
+                *entry = added(key);
             }
         }
-        table.as_ptr()
+        Added::Each(table.as_ptr())
     }
 
     /// 1 for the keys of a modality, 0 for the others (`KEYS` numbers).

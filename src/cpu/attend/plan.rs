@@ -1,6 +1,7 @@
 //! How a problem is cut: row blocks that share a key head, and key blocks. The cut depends on the problem alone, never
 //! on the number of threads.
 
+use crate::cpu::dot::Dot;
 use crate::cpu::simd::Simd;
 use crate::dtype::Element;
 use crate::problem::AttendProblem;
@@ -64,6 +65,8 @@ pub(super) struct Sizes {
     pub(super) queries: usize,
     pub(super) keys: usize,
     pub(super) depth: usize,
+    /// D in units of an operand.
+    pub(super) units: usize,
     /// D in whole registers.
     pub(super) vectors: usize,
     /// Row stride of a tile of D columns: D in whole registers and one more, so that rows do not share cache sets.
@@ -75,10 +78,11 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
-    pub(super) fn new<S: Simd<Real = T::Acc>, T: Element>(_: S, problem: &AttendProblem<'_, T>) -> Self {
+    pub(super) fn new<D: Dot<Real = T::Acc>, T: Element>(_: D, problem: &AttendProblem<'_, T>) -> Self {
         let [batch, _, queries, depth] = problem.query.shape();
         let [_, kv_heads, keys, _] = problem.key.shape();
-        let vectors = depth.div_ceil(S::LANES);
+        let lanes = D::Simd::LANES;
+        let vectors = depth.div_ceil(lanes);
         Self {
             batch,
             kv_heads,
@@ -86,9 +90,10 @@ impl Sizes {
             queries,
             keys,
             depth,
+            units: depth.div_ceil(D::DEPTH),
             vectors,
-            stride: (vectors + 1) * S::LANES,
-            score_stride: KEYS + S::LANES,
+            stride: (vectors + 1) * lanes,
+            score_stride: KEYS + lanes,
             modalities: problem.modalities(),
             parts: problem.combine.parts(),
         }

@@ -6,6 +6,8 @@ pub mod scalar;
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub mod avx512bf16;
 
 /// An instruction set the CPU kernels are compiled for, weakest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -16,11 +18,13 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// The same, and attention on bfloat16 tensors multiplies bfloat16 pairs (AVX512-BF16).
+    Avx512Bf16,
 }
 
 impl Isa {
     /// Every instruction set this crate knows, weakest first.
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
 
     /// The name `MODA_ATTN_ISA` takes.
     pub const fn name(self) -> &'static str {
@@ -28,6 +32,7 @@ impl Isa {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
         }
     }
 
@@ -39,8 +44,19 @@ impl Isa {
             Self::Avx2 => avx2::Avx2::<f32>::is_available(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::Avx512::<f32>::is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => avx512bf16::Avx512Bf16::is_available(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
+        }
+    }
+
+    /// Whether it is faster here than the weaker ones: an instruction may be there and not pay.
+    pub fn pays(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => avx512bf16::Avx512Bf16::is_fast(),
+            _ => self.is_available(),
         }
     }
 }

@@ -1,35 +1,37 @@
 //! The one matrix product of every kernel: C (+)= A B on tiles that lie in a worker's cache.
 //!
-//! A is read element by element through two strides, so it may be transposed; B is read in vectors along its rows.
-//! Every product is one chain of fused multiply-adds over the depth, whatever the tile it falls in, then added to C.
+//! A is read unit by unit ([`Dot::Unit`]) through two strides, so it may be transposed; B is read in vectors along its
+//! rows. Every product is one chain of multiply-adds over the depth, whatever the tile it falls in, then added to C.
 
+use crate::cpu::dot::Dot;
 use crate::cpu::simd::{Simd, Task};
 
-/// The left operand: element (row, p) lies at `pointer + row * row_stride + p * depth_stride`.
+/// The left operand: unit (row, p) lies at `pointer + row * row_stride + p * depth_stride`.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Left<R> {
-    pub(crate) pointer: *const R,
+pub(crate) struct Left<U> {
+    pub(crate) pointer: *const U,
     pub(crate) row_stride: usize,
     pub(crate) depth_stride: usize,
 }
 
 /// The right operand in panels of two vectors: row p of panel n lies at `pointer + n * panel_stride + p * row_stride`.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Right<R> {
-    pub(crate) pointer: *const R,
+pub(crate) struct Right<U> {
+    pub(crate) pointer: *const U,
     pub(crate) row_stride: usize,
     pub(crate) panel_stride: usize,
 }
 
-impl<R> Right<R> {
+impl<U> Right<U> {
     /// A plain row-major matrix, whose panels stand side by side.
-    pub(crate) fn rows<S: Simd<Real = R>>(_: S, pointer: *const R, row_stride: usize) -> Self {
-        Self { pointer, row_stride, panel_stride: 2 * S::LANES }
+    pub(crate) fn rows<D: Dot<Unit = U>>(_: D, pointer: *const U, row_stride: usize) -> Self {
+        Self { pointer, row_stride, panel_stride: 2 * D::Simd::LANES }
     }
 
     /// A matrix packed in panels: each `depth` rows of two vectors.
-    pub(crate) fn panels<S: Simd<Real = R>>(_: S, pointer: *const R, depth: usize) -> Self {
-        Self { pointer, row_stride: 2 * S::LANES, panel_stride: 2 * S::LANES * depth }
+    pub(crate) fn panels<D: Dot<Unit = U>>(_: D, pointer: *const U, depth: usize) -> Self {
+        let width = 2 * D::Simd::LANES;
+        Self { pointer, row_stride: width, panel_stride: width * depth }
     }
 }
 
@@ -42,7 +44,7 @@ pub(crate) struct Target<R> {
     pub(crate) accumulate: bool,
 }
 
-/// Size of a product: `rows` x `depth` times `depth` x (`vectors` registers).
+/// Size of a product: `rows` x `depth` units times `depth` units x (`vectors` registers).
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Size {
     pub(crate) rows: usize,
@@ -50,40 +52,49 @@ pub(crate) struct Size {
     pub(crate) depth: usize,
 }
 
-/// C (+)= A B, as a function of its own: the only copy of these loops for an instruction set and type.
+/// C (+)= A B in plain numbers.
 ///
 /// # Safety
-/// A must be readable for rows x depth, B for depth x (vectors registers), C writable for rows x (vectors registers),
-/// with the strides given, and C must overlap neither.
+/// As [`Dot::product`].
 #[inline(always)]
 pub(crate) unsafe fn gemm<S: Simd>(s: S, size: Size, a: Left<S::Real>, b: Right<S::Real>, c: Target<S::Real>) {
-    s.vectorize(Product { s, size, a, b, c });
+    // SAFETY: the same contract.
+    unsafe { s.product(size, a, b, c) };
 }
 
-/// Made by [`gemm`] alone, whose contract holds for it.
-struct Product<S: Simd> {
-    s: S,
+/// The products of vectors, as a function of its own: the only copy of these loops for an instruction set and type.
+///
+/// # Safety
+/// As [`Dot::product`].
+#[inline(always)]
+pub(crate) unsafe fn multiply<D: Dot>(d: D, size: Size, a: Left<D::Unit>, b: Right<D::Unit>, c: Target<D::Real>) {
+    d.enter(Product { d, size, a, b, c });
+}
+
+/// Made by [`multiply`] alone, whose contract holds for it.
+struct Product<D: Dot> {
+    d: D,
     size: Size,
-    a: Left<S::Real>,
-    b: Right<S::Real>,
-    c: Target<S::Real>,
+    a: Left<D::Unit>,
+    b: Right<D::Unit>,
+    c: Target<D::Real>,
 }
 
-impl<S: Simd> Task for Product<S> {
+impl<D: Dot> Task for Product<D> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        let Self { s, size, a, b, c } = self;
+        let Self { d, size, a, b, c } = self;
         for panel in 0..size.vectors.div_ceil(2) {
             // SAFETY: a panel below the number of panels, and its columns of C.
             unsafe {
                 let b = Right { pointer: b.pointer.add(panel * b.panel_stride), ..b };
-                let c = Target { pointer: c.pointer.add(panel * 2 * S::LANES), ..c };
+                let c = Target { pointer: c.pointer.add(panel * 2 * D::Simd::LANES), ..c };
                 if size.vectors - 2 * panel >= 2 {
-                    columns::<S, 2>(s, size, a, b, c);
+                    columns::<D, 2>(d, size, a, b, c);
                 } else {
-                    columns::<S, 1>(s, size, a, b, c);
+                    columns::<D, 1>(d, size, a, b, c);
                 }
             }
         }
@@ -92,13 +103,14 @@ impl<S: Simd> Task for Product<S> {
 
 /// All rows of one panel, in tall blocks, then short ones.
 #[inline(always)]
-unsafe fn columns<S: Simd, const VECTORS: usize>(
-    s: S,
+unsafe fn columns<D: Dot, const VECTORS: usize>(
+    d: D,
     size: Size,
-    a: Left<S::Real>,
-    b: Right<S::Real>,
-    c: Target<S::Real>,
+    a: Left<D::Unit>,
+    b: Right<D::Unit>,
+    c: Target<D::Real>,
 ) {
+    let tall = D::Simd::TALL;
     let mut row = 0;
     while row < size.rows {
         // SAFETY: `row` is below the number of rows, and a block takes no more rows than are left.
@@ -106,10 +118,10 @@ unsafe fn columns<S: Simd, const VECTORS: usize>(
             let a = Left { pointer: a.pointer.add(row * a.row_stride), ..a };
             let c = Target { pointer: c.pointer.add(row * c.row_stride), ..c };
             row += match size.rows - row {
-                12.. if S::TALL == 12 => block::<S, 12, VECTORS>(s, size.depth, a, b, c),
-                6.. if S::TALL == 6 => block::<S, 6, VECTORS>(s, size.depth, a, b, c),
-                4.. => block::<S, 4, VECTORS>(s, size.depth, a, b, c),
-                _ => block::<S, 1, VECTORS>(s, size.depth, a, b, c),
+                12.. if tall == 12 => block::<D, 12, VECTORS>(d, size.depth, a, b, c),
+                6.. if tall == 6 => block::<D, 6, VECTORS>(d, size.depth, a, b, c),
+                4.. => block::<D, 4, VECTORS>(d, size.depth, a, b, c),
+                _ => block::<D, 1, VECTORS>(d, size.depth, a, b, c),
             };
         }
     }
@@ -117,31 +129,30 @@ unsafe fn columns<S: Simd, const VECTORS: usize>(
 
 /// One register block; returns its number of rows.
 #[inline(always)]
-unsafe fn block<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    s: S,
+unsafe fn block<D: Dot, const ROWS: usize, const VECTORS: usize>(
+    d: D,
     depth: usize,
-    a: Left<S::Real>,
-    b: Right<S::Real>,
-    c: Target<S::Real>,
+    a: Left<D::Unit>,
+    b: Right<D::Unit>,
+    c: Target<D::Real>,
 ) -> usize {
-    // SAFETY: all pointers stay inside the operands, by the contract of `gemm`.
+    let s = d.simd();
+    // SAFETY: all pointers stay inside the operands, by the contract of `multiply`.
     unsafe {
         let mut sums = [[s.zero(); VECTORS]; ROWS];
         for p in 0..depth {
-            let mut right = [s.zero(); VECTORS];
-            for (v, right) in right.iter_mut().enumerate() {
-                *right = s.load(b.pointer.add(p * b.row_stride + v * S::LANES));
-            }
+            let right_row = b.pointer.add(p * b.row_stride);
+            let right = [d.units(right_row), d.units(right_row.add((VECTORS - 1) * D::Simd::LANES))];
             for (row, sums) in sums.iter_mut().enumerate() {
-                let left = s.splat(*a.pointer.add(row * a.row_stride + p * a.depth_stride));
+                let left = d.repeat(a.pointer.add(row * a.row_stride + p * a.depth_stride));
                 for (sum, &right) in sums.iter_mut().zip(&right) {
-                    *sum = s.mul_add(left, right, *sum);
+                    *sum = d.dot(left, right, *sum);
                 }
             }
         }
         for (row, sums) in sums.iter().enumerate() {
             for (v, &sum) in sums.iter().enumerate() {
-                let at = c.pointer.add(row * c.row_stride + v * S::LANES);
+                let at = c.pointer.add(row * c.row_stride + v * D::Simd::LANES);
                 // Added last: a long sum made of short ones rounds less than one long chain.
                 s.store(at, if c.accumulate { s.add(s.load(at), sum) } else { sum });
             }

@@ -1,5 +1,6 @@
 //! Tensors of any dtype and stride become tiles in the type the arithmetic runs in, and back.
 
+use crate::cpu::dot::Dot;
 use crate::cpu::simd::Simd;
 use crate::dtype::{Element, Real};
 use crate::ids::PADDING;
@@ -93,28 +94,74 @@ pub(crate) unsafe fn rows<S: Simd, T: Element<Acc = S::Real>>(
     }
 }
 
-/// The transpose of a row-major tile in panels of two vectors: panel p holds, for every d, column d of the tile's rows
-/// `2 LANES p ..`; rows past the last are zeros.
+/// A tile row, in place, becomes a row of a left operand.
 ///
 /// # Safety
-/// `source` must be readable for `count` rows of `depth`, `target` writable for all panels.
+/// `row` must hold `vectors` registers.
 #[inline(always)]
-pub(crate) unsafe fn transpose<S: Simd>(
-    _: S,
-    source: *const S::Real,
+pub(crate) unsafe fn left<D: Dot>(d: D, row: *mut D::Real, vectors: usize) {
+    if D::DEPTH == 1 {
+        return;
+    }
+    for v in 0..vectors {
+        let at = v * D::Simd::LANES;
+        // SAFETY: the caller's contract; units pack numbers more densely, so that none is overwritten before it is read.
+        unsafe { d.store_left(row.cast(), at, d.simd().load(row.add(at))) };
+    }
+}
+
+/// `count` rows of a tile become a right operand: as many neighbouring rows side by side as a unit is deep, missing ones
+/// zero. Both have the same row stride.
+///
+/// # Safety
+/// `source` must be readable for `count` rows of `vectors` registers, `target` writable for the units of as many.
+#[inline(always)]
+pub(crate) unsafe fn right<D: Dot>(
+    d: D,
+    source: *const D::Real,
+    row_stride: usize,
+    [count, vectors]: [usize; 2],
+    target: *mut D::Unit,
+) {
+    let s = d.simd();
+    for first in (0..count).step_by(D::DEPTH) {
+        for v in 0..vectors {
+            let at = v * D::Simd::LANES;
+            // SAFETY: rows below `count`, registers below `vectors`.
+            unsafe {
+                let mut rows = [s.zero(); 2];
+                for (i, row) in rows.iter_mut().enumerate().take(D::DEPTH.min(count - first)) {
+                    *row = s.load(source.add((first + i) * row_stride + at));
+                }
+                d.store_right(target.add(first / D::DEPTH * row_stride + at), rows);
+            }
+        }
+    }
+}
+
+/// The transpose of rows of units in panels of two vectors: panel p holds, for every unit of a row, that unit of the
+/// rows `2 LANES p ..`; rows past the last are zeros.
+///
+/// # Safety
+/// `source` must be readable for `count` rows of `depth` units, `target` writable for all panels.
+#[inline(always)]
+pub(crate) unsafe fn transpose<D: Dot>(
+    _: D,
+    source: *const D::Unit,
     row_stride: usize,
     [count, depth]: [usize; 2],
-    target: *mut S::Real,
+    target: *mut D::Unit,
 ) {
-    let width = 2 * S::LANES;
+    let width = 2 * D::Simd::LANES;
     for panel in 0..count.div_ceil(width) {
         for lane in 0..width {
             let n = panel * width + lane;
-            // SAFETY: element (n, d) of the source exists where n < count; the target has every lane of every panel.
+            // SAFETY: unit (n, p) of the source exists where n < count; the target has every lane of every panel.
             unsafe {
                 let target = target.add(panel * width * depth + lane);
-                for d in 0..depth {
-                    *target.add(d * width) = if n < count { *source.add(n * row_stride + d) } else { S::Real::ZERO };
+                for p in 0..depth {
+                    *target.add(p * width) =
+                        if n < count { *source.add(n * row_stride + p) } else { D::Unit::default() };
                 }
             }
         }

@@ -1,20 +1,51 @@
 //! One row of scores against one key block: online softmax in powers of two.
+//!
+//! A row's maximum is looked for in the first block that it sees. Later blocks are weighed against it as it stands, for
+//! the maximum need not be exact: it must only be near enough that nothing overflows ([`follow`]). Where the sum of a
+//! block shows that it is not, the caller computes the scores again and the maximum moves ([`settle`]).
 
 use super::exp2::{exp2, exp2_one};
+use crate::cpu::dot::Dot;
 use crate::cpu::simd::Simd;
 use crate::dtype::Real;
+
+/// A block whose probabilities, relative to the standing maximum, sum up to more than this moves the maximum.
+const FAR: f64 = 1e12;
+
+/// What the modular mask adds to a row's scores, in log2 units: bias, or minus infinity.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Added<R> {
+    /// The same for every key of the block.
+    Same(R),
+    /// A number for each key of a block.
+    Each(*const R),
+}
 
 /// A row's scores for one key block.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Span<R> {
-    /// The scores in log2 units; overwritten by the probabilities, not yet divided by the row's total.
+    /// Products of query and keys; overwritten by the probabilities, not yet divided by the row's total, as a row of a
+    /// left operand.
     pub(crate) scores: *mut R,
-    /// What the modular mask adds to them: bias, or minus infinity.
-    pub(crate) added: *const R,
+    /// What turns a product into a score in log2 units.
+    pub(crate) factor: R,
+    /// What is added to it then.
+    pub(crate) added: Added<R>,
+    /// Where mass is wanted and the block holds several modalities: 1 for keys of the query's own, 0 for others.
+    pub(crate) own: Option<*const R>,
     /// Keys `0 .. visible` of the block may be seen; at least one.
     pub(crate) visible: usize,
     /// Keys `0 .. reach` are used by the product with the values: those past `visible` get probability 0.
     pub(crate) reach: usize,
+}
+
+/// Sums of a block's probabilities.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sums<R> {
+    pub(crate) total: R,
+    /// Its parts on keys of the query's own modality and on the others, where [`Span::own`] is given.
+    pub(crate) own: R,
+    pub(crate) cross: R,
 }
 
 /// The softmax of one row so far, in log2 units.
@@ -39,70 +70,175 @@ impl<R: Real> Running<R> {
     }
 }
 
-/// Takes a block of scores into the running softmax and turns them into probabilities relative to its new maximum.
-/// The row's weighted sum so far, `vectors` registers at `sums`, is rescaled where the maximum rose. Returns the sum of
-/// the block's probabilities.
+/// Turns a block of scores into probabilities relative to the maximum as it stands. `None` where that is too far below
+/// them; the scores are lost then.
 ///
 /// # Safety
-/// `scores` and `added` must be valid for `reach` rounded up to whole registers, `sums` for `vectors` registers.
+/// `scores`, and what `added` and `own` point at, must be valid for `reach` rounded up to whole registers.
 #[inline(always)]
-pub(crate) unsafe fn softmax<S: Simd>(
-    s: S,
-    span: Span<S::Real>,
-    running: &mut Running<S::Real>,
-    (sums, vectors): (*mut S::Real, usize),
-) -> S::Real {
-    let Span { scores, added, visible, reach } = span;
-    let hidden = s.splat(S::Real::NEG_INFINITY);
-    // SAFETY: whole registers up to `reach`, by the contract.
-    unsafe {
-        let mut top = hidden;
-        for v in 0..visible.div_ceil(S::LANES) {
-            let at = v * S::LANES;
-            let mut x = s.add(s.load(scores.add(at)), s.load(added.add(at)));
-            if visible - at < S::LANES {
-                x = s.first(visible - at, x, hidden);
-            }
-            s.store(scores.add(at), x);
-            top = s.max(top, x);
+pub(crate) unsafe fn follow<D: Dot>(
+    d: D,
+    span: Span<D::Real>,
+    running: &mut Running<D::Real>,
+) -> Option<Sums<D::Real>> {
+    // SAFETY: the same contract.
+    let sums = unsafe { weigh(d, span, running.top) };
+    // A NaN is no reason to try again.
+    if sums.total > D::Real::from_f64(FAR) {
+        return None;
+    }
+    running.total += sums.total;
+    Some(sums)
+}
+
+/// As [`follow`], with the maximum raised to the block's first where that is higher. The row's weighted sum so far,
+/// `vectors` registers at `sums`, is rescaled with it.
+///
+/// # Safety
+/// As [`follow`]; `sums` must be valid for `vectors` registers.
+#[inline(always)]
+pub(crate) unsafe fn settle<D: Dot>(
+    d: D,
+    span: Span<D::Real>,
+    running: &mut Running<D::Real>,
+    (sums, vectors): (*mut D::Real, usize),
+) -> Sums<D::Real> {
+    let s = d.simd();
+    // SAFETY: the same contract.
+    let tops = unsafe { highest(s, span) };
+    let top = s.largest(tops);
+    if top == D::Real::NEG_INFINITY {
+        // `largest` may lose a NaN beside lanes that are hidden; their sum cannot. Such a row is NaN, not unseen.
+        let sum = s.sum(tops);
+        if sum != D::Real::NEG_INFINITY {
+            running.seen = true;
+            running.total += sum;
         }
-        let tops = top;
-        let top = s.largest(tops);
-        if top == S::Real::NEG_INFINITY {
-            // `largest` may lose a NaN beside lanes that are hidden; their sum cannot. Such a row is NaN, not unseen.
-            let sum = s.sum(tops);
-            if sum != S::Real::NEG_INFINITY {
-                running.seen = true;
-                running.total += sum;
-            }
-            clear(s, scores, 0, reach);
-            return S::Real::ZERO;
-        }
-        running.seen = true;
-        if top > running.top {
-            let factor = exp2_one(s, running.top - top);
-            running.top = top;
-            running.total *= factor;
-            running.own *= factor;
-            running.cross *= factor;
-            let factor = s.splat(factor);
-            for v in 0..vectors {
-                let sum = sums.add(v * S::LANES);
+        // SAFETY: the same contract.
+        unsafe { clear_left(d, span.scores, 0, span.reach) };
+        return Sums { total: D::Real::ZERO, own: D::Real::ZERO, cross: D::Real::ZERO };
+    }
+    running.seen = true;
+    if top > running.top {
+        let factor = exp2_one(s, running.top - top);
+        running.top = top;
+        running.total *= factor;
+        running.own *= factor;
+        running.cross *= factor;
+        let factor = s.splat(factor);
+        for v in 0..vectors {
+            // SAFETY: a register of the row's weighted sum.
+            unsafe {
+                let sum = sums.add(v * D::Simd::LANES);
                 s.store(sum, s.mul(s.load(sum), factor));
             }
         }
-        let top = s.splat(running.top);
-        let mut total = s.zero();
-        for v in 0..visible.div_ceil(S::LANES) {
-            let at = scores.add(v * S::LANES);
-            let p = exp2(s, s.sub(s.load(at), top));
-            s.store(at, p);
-            total = s.add(total, p);
+    }
+    // SAFETY: the same contract.
+    let sums = unsafe { weigh(d, span, running.top) };
+    running.total += sums.total;
+    sums
+}
+
+/// The highest score of every lane, minus infinity where there is none.
+///
+/// # Safety
+/// As [`follow`].
+#[inline(always)]
+unsafe fn highest<S: Simd>(s: S, span: Span<S::Real>) -> S::Vector {
+    let hidden = s.splat(S::Real::NEG_INFINITY);
+    let factor = s.splat(span.factor);
+    let mut top = hidden;
+    for at in (0..span.visible).step_by(S::LANES) {
+        // SAFETY: registers that begin below `visible`.
+        let x = unsafe {
+            let added = match span.added {
+                Added::Same(added) => s.splat(added),
+                Added::Each(added) => s.load(added.add(at)),
+            };
+            s.mul_add(s.load(span.scores.add(at)), factor, added)
+        };
+        let inside = span.visible - at;
+        top = s.max(top, if inside < S::LANES { s.first(inside, x, hidden) } else { x });
+    }
+    top
+}
+
+/// Probabilities relative to `top` in place of the scores, and their sums.
+///
+/// # Safety
+/// As [`follow`].
+#[inline(always)]
+unsafe fn weigh<D: Dot>(d: D, span: Span<D::Real>, top: D::Real) -> Sums<D::Real> {
+    let s = d.simd();
+    let tops = s.splat(top);
+    // SAFETY: the same contract; tables cover whole registers.
+    unsafe {
+        match span.added {
+            Added::Same(added) => {
+                let added = s.splat(added - top);
+                match span.own {
+                    None => weigh_with::<D, false>(d, span, |_| added),
+                    Some(_) => weigh_with::<D, true>(d, span, |_| added),
+                }
+            }
+            Added::Each(added) => {
+                let added = |at| s.sub(s.load(added.add(at)), tops);
+                match span.own {
+                    None => weigh_with::<D, false>(d, span, added),
+                    Some(_) => weigh_with::<D, true>(d, span, added),
+                }
+            }
         }
-        clear(s, scores, visible.next_multiple_of(S::LANES), reach);
-        let total = s.sum(total);
-        running.total += total;
-        total
+    }
+}
+
+/// [`weigh`] with what is added to the scores by position, and with or without the parts of the sum.
+///
+/// # Safety
+/// As [`follow`].
+#[inline(always)]
+unsafe fn weigh_with<D: Dot, const OWN: bool>(
+    d: D,
+    span: Span<D::Real>,
+    added: impl Fn(usize) -> <D::Simd as Simd>::Vector,
+) -> Sums<D::Real> {
+    let s = d.simd();
+    let lanes = D::Simd::LANES;
+    let factor = s.splat(span.factor);
+    let (mut total, mut inside, mut outside) = (s.zero(), s.zero(), s.zero());
+    let whole = span.visible / lanes * lanes;
+    for at in (0..span.visible).step_by(lanes) {
+        // SAFETY: registers that begin below `visible`. Probabilities take no more room than the scores they come from.
+        unsafe {
+            let x = s.mul_add(s.load(span.scores.add(at)), factor, added(at));
+            let mut p = exp2(s, x);
+            if at == whole {
+                p = s.first(span.visible - at, p, s.zero());
+            }
+            d.store_left(span.scores.cast(), at, p);
+            total = s.add(total, p);
+            if let (true, Some(own)) = (OWN, span.own) {
+                let own = s.mul(p, s.load(own.add(at)));
+                inside = s.add(inside, own);
+                outside = s.add(outside, s.sub(p, own));
+            }
+        }
+    }
+    // SAFETY: the same contract.
+    unsafe { clear_left(d, span.scores, span.visible.next_multiple_of(lanes), span.reach) };
+    Sums { total: s.sum(total), own: s.sum(inside), cross: s.sum(outside) }
+}
+
+/// Zeros as a row of a left operand from number `from`, a whole number of registers, up to `to`.
+///
+/// # Safety
+/// `row` must be writable up to `to` rounded up to whole registers.
+#[inline(always)]
+pub(crate) unsafe fn clear_left<D: Dot>(d: D, row: *mut D::Real, from: usize, to: usize) {
+    for at in (from..to).step_by(D::Simd::LANES) {
+        // SAFETY: the caller's contract.
+        unsafe { d.store_left(row.cast(), at, d.simd().zero()) };
     }
 }
 
@@ -118,24 +254,18 @@ pub(crate) unsafe fn clear<S: Simd>(s: S, scores: *mut S::Real, from: usize, to:
     }
 }
 
-/// Sum of `p * w` and of `p * (1 - w)` over `count` keys; what lies past them in the last register must be 0 in `p`.
+/// Sum of `p * w` over `count` keys, `p` a row of a left operand; what lies past them in the last register must be 0 in
+/// `p`.
 ///
 /// # Safety
 /// Both must be readable for `count` rounded up to whole registers.
 #[inline(always)]
-pub(crate) unsafe fn split_sum<S: Simd>(
-    s: S,
-    p: *const S::Real,
-    w: *const S::Real,
-    count: usize,
-) -> (S::Real, S::Real) {
-    let (mut inside, mut outside) = (s.zero(), s.zero());
-    let one = s.splat(S::Real::ONE);
-    for at in (0..count).step_by(S::LANES) {
+pub(crate) unsafe fn sum_where<D: Dot>(d: D, p: *const D::Unit, w: *const D::Real, count: usize) -> D::Real {
+    let s = d.simd();
+    let mut sum = s.zero();
+    for at in (0..count).step_by(D::Simd::LANES) {
         // SAFETY: the caller's contract.
-        let (p, w) = unsafe { (s.load(p.add(at)), s.load(w.add(at))) };
-        inside = s.mul_add(p, w, inside);
-        outside = s.mul_add(p, s.sub(one, w), outside);
+        sum = unsafe { s.mul_add(d.load_left(p, at), s.load(w.add(at)), sum) };
     }
-    (s.sum(inside), s.sum(outside))
+    s.sum(sum)
 }

@@ -4,11 +4,13 @@
 //! dK and dV over them. Where a key head has several tasks their sums are added in order afterwards. The shares depend
 //! on the problem alone, so the result does not depend on the threads.
 
+mod rows;
 mod worker;
 
 use super::plan::{Sizes, row_blocks};
 use crate::cpu::buffer::Buffer;
-use crate::cpu::simd::{Simd, Task};
+use crate::cpu::dot::Dot;
+use crate::cpu::simd::Task;
 use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
@@ -19,18 +21,18 @@ use worker::Worker;
 /// Tasks a problem is cut into, if its heads allow: enough to keep a large machine busy.
 const TASKS: usize = 8;
 
-pub(super) fn run<S, T>(
-    s: S,
+pub(in crate::cpu) fn run<D, T>(
+    d: D,
     threads: usize,
     problem: &AttendProblem<'_, T>,
     upstream: &AttendUpstream<'_, T>,
     gradients: &mut AttendGradients<'_, T>,
 ) -> Result<()>
 where
-    S: Simd<Real = T::Acc>,
+    D: Dot<Real = T::Acc>,
     T: Element<Acc: CpuReal>,
 {
-    let sizes = Sizes::new(s, problem);
+    let sizes = Sizes::new(d, problem);
     let units = sizes.batch * sizes.kv_heads;
     if let Some(bias) = &mut gradients.bias {
         bias.as_mut_slice().fill(T::Acc::ZERO);
@@ -51,7 +53,7 @@ where
     let partial = Buffer::new(if shares > 1 { tasks * 2 * tile } else { 0 }, "partial gradients of keys and values")?;
     let partial = Partial { sums: partial, tile };
     let gradients = &*gradients;
-    let worker = |_| Worker::new(s, problem, upstream, gradients, sizes);
+    let worker = |_| Worker::new(d, problem, upstream, gradients, sizes);
     let mut workers = (0..threads.min(tasks)).map(worker).collect::<Result<Vec<_>>>()?;
     parallel::run(&mut workers, tasks, |worker, task| {
         let (unit, share) = (task / shares, task % shares);
@@ -59,13 +61,13 @@ where
         let first = share * heads;
         let queries = first..(first + heads).min(sizes.group);
         let leave = (shares > 1).then_some((&partial, task));
-        s.vectorize(Share { worker, head, queries, leave });
+        d.enter(Share { worker, head, queries, leave });
     });
     if shares > 1 {
         parallel::run(&mut workers, units, |worker, unit| {
             let head = [unit / sizes.kv_heads, unit % sizes.kv_heads];
             let tasks = unit * shares..(unit + 1) * shares;
-            s.vectorize(Gather { worker, head, partial: &partial, tasks });
+            d.enter(Gather { worker, head, partial: &partial, tasks });
         });
     }
     Ok(())
@@ -85,16 +87,16 @@ impl<R: Real> Partial<R> {
 }
 
 /// Some query heads of one key head.
-struct Share<'w, 'a, S: Simd, T: Element<Acc = S::Real>> {
-    worker: &'w mut Worker<'a, S, T>,
+struct Share<'w, 'a, D: Dot, T: Element<Acc = D::Real>> {
+    worker: &'w mut Worker<'a, D, T>,
     head: [usize; 2],
     /// Query heads, counted inside the group.
     queries: Range<usize>,
     /// Where to leave the sums of dK and dV, if other tasks add to them.
-    leave: Option<(&'w Partial<S::Real>, usize)>,
+    leave: Option<(&'w Partial<D::Real>, usize)>,
 }
 
-impl<S: Simd, T: Element<Acc = S::Real>> Task for Share<'_, '_, S, T> {
+impl<D: Dot, T: Element<Acc = D::Real>> Task for Share<'_, '_, D, T> {
     type Output = ();
 
     #[inline(always)]
@@ -113,14 +115,14 @@ impl<S: Simd, T: Element<Acc = S::Real>> Task for Share<'_, '_, S, T> {
 }
 
 /// The sums of all tasks of one key head.
-struct Gather<'w, 'a, S: Simd, T: Element<Acc = S::Real>> {
-    worker: &'w mut Worker<'a, S, T>,
+struct Gather<'w, 'a, D: Dot, T: Element<Acc = D::Real>> {
+    worker: &'w mut Worker<'a, D, T>,
     head: [usize; 2],
-    partial: &'w Partial<S::Real>,
+    partial: &'w Partial<D::Real>,
     tasks: Range<usize>,
 }
 
-impl<S: Simd, T: Element<Acc = S::Real>> Task for Gather<'_, '_, S, T> {
+impl<D: Dot, T: Element<Acc = D::Real>> Task for Gather<'_, '_, D, T> {
     type Output = ();
 
     #[inline(always)]

@@ -1,15 +1,17 @@
 //! What one thread does in backward: packs a key head, then goes through row blocks tile by tile.
 
 use super::Partial;
+use super::rows::{Closed, Line, LinePart, Rows, UnitTiles, differentiate};
 use crate::cpu::CpuReal;
 use crate::cpu::attend::mask::{Block, Content, Part, Tables};
 use crate::cpu::attend::plan::{KEYS, ROWS, RowBlock, Sizes};
 use crate::cpu::attend::rows::{RowInfo, Tile, infos, tiles};
 use crate::cpu::buffer::Buffer;
-use crate::cpu::kernel::exp2::{exp2, exp2_one};
-use crate::cpu::kernel::gemm::{Left, Right, Size, Target, gemm};
+use crate::cpu::dot::Dot;
+use crate::cpu::kernel::exp2::exp2_one;
+use crate::cpu::kernel::gemm::{Left, Right, Size, Target};
 use crate::cpu::kernel::pack;
-use crate::cpu::kernel::softmax::{clear, split_sum};
+use crate::cpu::kernel::softmax::{clear, sum_where};
 use crate::cpu::simd::Simd;
 use crate::dtype::{Element, Real};
 use crate::error::Result;
@@ -17,16 +19,9 @@ use crate::ids::PADDING;
 use crate::problem::{AttendGradients, AttendProblem, AttendUpstream};
 use std::ops::Range;
 
-/// One softmax of a row: its logsumexp in log2 units and delta = dO . o.
-#[derive(Debug, Clone, Copy)]
-struct Closed<R> {
-    logsumexp: R,
-    delta: R,
-}
-
 /// Workspaces and the problem.
-pub(super) struct Worker<'a, S: Simd, T: Element<Acc = S::Real>> {
-    s: S,
+pub(super) struct Worker<'a, D: Dot, T: Element<Acc = D::Real>> {
+    d: D,
     problem: &'a AttendProblem<'a, T>,
     upstream: &'a AttendUpstream<'a, T>,
     gradients: &'a AttendGradients<'a, T>,
@@ -34,39 +29,45 @@ pub(super) struct Worker<'a, S: Simd, T: Element<Acc = S::Real>> {
     /// Whose keys are packed.
     head: [usize; 2],
     packed: bool,
-    key_panels: Buffer<S::Real>,
-    value_panels: Buffer<S::Real>,
-    keys: Buffer<S::Real>,
-    /// A block of values before its transposition.
-    staging: Buffer<S::Real>,
+    // Operands are kept as numbers of the same size: see `Dot::Unit`.
+    key_panels: Buffer<D::Real>,
+    value_panels: Buffer<D::Real>,
+    /// Keys as a right operand.
+    keys: Buffer<D::Real>,
+    /// A block of keys or values before it becomes an operand.
+    staging: Buffer<D::Real>,
     contents: Vec<Content>,
-    d_key: Buffer<S::Real>,
-    d_value: Buffer<S::Real>,
-    query: Buffer<S::Real>,
-    d_out: Buffer<S::Real>,
-    d_query: Buffer<S::Real>,
-    probabilities: Buffer<S::Real>,
-    d_scores: Buffer<S::Real>,
-    tables: Vec<Tables<S::Real>>,
+    d_key: Buffer<D::Real>,
+    d_value: Buffer<D::Real>,
+    query: Rows<D>,
+    d_out: Rows<D>,
+    d_query: Buffer<D::Real>,
+    /// Scores, then probabilities as a right operand.
+    probabilities: Buffer<D::Real>,
+    /// Gradients of probabilities, then of scores as a right operand.
+    d_scores: Buffer<D::Real>,
+    /// Gradients of scores as a left operand, where that is another thing.
+    d_scores_left: Buffer<D::Real>,
+    tables: Vec<Tables<D::Real>>,
     infos: Vec<RowInfo>,
     /// Every row's softmaxes, row by row.
-    closed: Vec<Closed<S::Real>>,
+    closed: Vec<Closed<D::Real>>,
 }
 
-impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
+impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
     pub(super) fn new(
-        s: S,
+        d: D,
         problem: &'a AttendProblem<'a, T>,
         upstream: &'a AttendUpstream<'a, T>,
         gradients: &'a AttendGradients<'a, T>,
         sizes: Sizes,
     ) -> Result<Self> {
-        let panels = sizes.keys.next_multiple_of(2 * S::LANES) * sizes.depth;
+        let panels = sizes.keys.next_multiple_of(2 * D::Simd::LANES) * sizes.units;
         let tile = sizes.keys * sizes.stride;
-        let rows = ROWS.min(sizes.group * sizes.queries);
-        let block = |what| Buffer::new(rows * sizes.stride, what);
+        let rows = ROWS.min((sizes.group * sizes.queries).next_multiple_of(D::DEPTH));
+        let scores = rows * sizes.score_stride;
         Ok(Self {
-            s,
+            d,
             problem,
             upstream,
             gradients,
@@ -75,16 +76,17 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             packed: false,
             key_panels: Buffer::new(panels, "packed keys")?,
             value_panels: Buffer::new(panels, "packed values")?,
-            keys: Buffer::new(tile, "packed keys")?,
-            staging: Buffer::new(KEYS.min(sizes.keys) * sizes.stride, "a block of values")?,
+            keys: Buffer::new(sizes.keys.div_ceil(D::DEPTH) * sizes.stride, "packed keys")?,
+            staging: Buffer::new(KEYS.min(sizes.keys) * sizes.stride, "a block of keys or values")?,
             contents: Vec::with_capacity(sizes.key_blocks()),
             d_key: Buffer::new(tile, "gradients of keys")?,
             d_value: Buffer::new(tile, "gradients of values")?,
-            query: block("a block of queries")?,
-            d_out: block("a block of output gradients")?,
-            d_query: block("a block of query gradients")?,
-            probabilities: Buffer::new(rows * sizes.score_stride, "a block of probabilities")?,
-            d_scores: Buffer::new(rows * sizes.score_stride, "a block of score gradients")?,
+            query: Rows::new(rows * sizes.stride, "a block of queries")?,
+            d_out: Rows::new(rows * sizes.stride, "a block of output gradients")?,
+            d_query: Buffer::new(rows * sizes.stride, "a block of query gradients")?,
+            probabilities: Buffer::new(scores, "a block of probabilities")?,
+            d_scores: Buffer::new(scores, "a block of score gradients")?,
+            d_scores_left: Buffer::new(if D::DEPTH > 1 { scores } else { 0 }, "a block of score gradients")?,
             tables: (0..sizes.parts).map(|_| Tables::new(&sizes)).collect::<Result<_>>()?,
             infos: Vec::with_capacity(rows),
             closed: Vec::with_capacity(rows * sizes.parts),
@@ -99,31 +101,40 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
     /// Packs the keys and values of a key head, unless they are, and starts its sums.
     #[inline(always)]
     pub(super) fn pack_keys(&mut self, head: [usize; 2]) {
-        self.d_key.fill(S::Real::ZERO);
-        self.d_value.fill(S::Real::ZERO);
+        self.d_key.fill(D::Real::ZERO);
+        self.d_value.fill(D::Real::ZERO);
         if self.packed && self.head == head {
             return;
         }
         (self.head, self.packed) = (head, true);
         self.contents.clear();
         let ids = self.problem.modality.row(head[0]);
-        let Sizes { depth, stride, .. } = self.sizes;
+        let Sizes { units, stride, vectors, .. } = self.sizes;
+        let (d, s) = (self.d, self.d.simd());
         for block in 0..self.sizes.key_blocks() {
             let range = self.sizes.key_block(block);
             let (first, ids) = (range.start, &ids[range]);
             self.contents.push(Content::of(ids));
             let key = self.problem.key.skip(2, first);
             let value = self.problem.value.skip(2, first);
-            // SAFETY: `keys` has a row for every key, `staging` a block of rows, the panels hold whole panels of keys;
-            // a block of keys is a whole number of panels.
+            let staging = self.staging.as_mut_ptr();
+            let panels = |panels: &mut Buffer<D::Real>| {
+                // SAFETY: a block of rows in `staging`; the panels hold whole panels of keys, and a block of keys is a
+                // whole number of panels.
+                unsafe {
+                    (0..ids.len()).for_each(|row| pack::left(d, staging.add(row * stride), vectors));
+                    let target = panels.as_mut_ptr().add(first * units).cast();
+                    pack::transpose(d, staging.cast_const().cast(), stride, [ids.len(), units], target);
+                }
+            };
+            // SAFETY: `staging` has a block of rows, `keys` units for every key; a block is a whole number of units.
             unsafe {
-                let keys = self.keys.as_mut_ptr().add(first * stride);
-                pack::rows(self.s, &key, head, ids, keys, stride);
-                let panels = self.key_panels.as_mut_ptr().add(first * depth);
-                pack::transpose(self.s, keys, stride, [ids.len(), depth], panels);
-                pack::rows(self.s, &value, head, ids, self.staging.as_mut_ptr(), stride);
-                let panels = self.value_panels.as_mut_ptr().add(first * depth);
-                pack::transpose(self.s, self.staging.as_ptr(), stride, [ids.len(), depth], panels);
+                pack::rows(s, &key, head, ids, staging, stride);
+                let keys = self.keys.as_mut_ptr().add(first / D::DEPTH * stride).cast();
+                pack::right(d, staging, stride, [ids.len(), vectors], keys);
+                panels(&mut self.key_panels);
+                pack::rows(s, &value, head, ids, staging, stride);
+                panels(&mut self.value_panels);
             }
         }
     }
@@ -144,32 +155,31 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
     /// Queries, output gradients and closed softmaxes of the block; d sink falls out on the way.
     #[inline(always)]
     fn pack_rows(&mut self, block: &RowBlock) {
-        let (problem, upstream, s) = (self.problem, self.upstream, self.s);
+        let (problem, upstream, s) = (self.problem, self.upstream, self.d.simd());
         let Sizes { depth, stride, vectors, parts, .. } = self.sizes;
         let b = self.head[0];
         self.infos.clear();
         self.infos.extend(infos(problem, &self.sizes, block, self.head));
         self.closed.clear();
-        self.d_query.fill(S::Real::ZERO);
-        let factor = problem.scale * S::Real::LOG2_E;
+        self.d_query.fill(D::Real::ZERO);
         for (row, info) in self.infos.iter_mut().enumerate() {
             let at = [b, info.row.head, info.query];
             let logsumexp = |part: usize| upstream.logsumexp.get([b, info.row.head, part, info.query]);
-            if (0..parts).all(|part| logsumexp(part) == S::Real::INFINITY) {
+            if (0..parts).all(|part| logsumexp(part) == D::Real::INFINITY) {
                 info.visible = 0;
             }
             // SAFETY: the buffers hold every row of a block.
             unsafe {
-                let query = self.query.as_mut_ptr().add(row * stride);
-                let d_out = self.d_out.as_mut_ptr().add(row * stride);
+                let query = self.query.left.as_mut_ptr().add(row * stride);
+                let d_out = self.d_out.left.as_mut_ptr().add(row * stride);
                 if info.visible == 0 {
                     // Whatever such a row holds must not reach a gradient, not even times zero.
                     clear(s, query, 0, depth);
                     clear(s, d_out, 0, depth);
                 } else {
-                    pack::row(s, &problem.query, at, factor, query);
+                    pack::row(s, &problem.query, at, D::Real::ONE, query);
                     pack::poison(s, query, vectors);
-                    pack::row(s, &upstream.out_gradient, at, S::Real::ONE, d_out);
+                    pack::row(s, &upstream.out_gradient, at, D::Real::ONE, d_out);
                 }
                 for part in 0..parts {
                     // The block of dQ is not in use yet: it takes the output, widened.
@@ -179,161 +189,179 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
                             let source = both.pointer_at([b, info.row.head, part, info.query, 0]);
                             pack::copy(s, source, depth, out);
                         }
-                        None => pack::row(s, &upstream.out, at, S::Real::ONE, out),
+                        None => pack::row(s, &upstream.out, at, D::Real::ONE, out),
                     }
                     let delta = pack::dot(s, out, d_out, vectors);
                     clear(s, out, 0, depth);
                     let binary = logsumexp(part).to_f64() * std::f64::consts::LOG2_E;
-                    let closed = Closed { logsumexp: S::Real::from_f64(binary), delta };
+                    let closed = Closed { logsumexp: D::Real::from_f64(binary), delta };
                     self.closed.push(closed);
                     if let (Some(d_sink), Some(sink)) = (&self.gradients.sink, problem.sink) {
                         let z = sink.get([b, info.row.head, info.query, part]).to_f64();
                         // The logsumexp is no smaller than the sink, whatever its rounding says.
                         let gap = (z * std::f64::consts::LOG2_E - binary).min(0.0);
-                        let share = exp2_one(s, S::Real::from_f64(gap));
-                        let dead = closed.logsumexp == S::Real::INFINITY;
-                        let value = if dead { S::Real::ZERO } else { -share * delta };
+                        let share = exp2_one(s, D::Real::from_f64(gap));
+                        let dead = closed.logsumexp == D::Real::INFINITY;
+                        let value = if dead { D::Real::ZERO } else { -share * delta };
                         *d_sink.element([b, info.row.head, info.query, part]) = value;
                     }
                 }
             }
         }
+        self.query.pack(self.d, &self.sizes, self.infos.len());
+        self.d_out.pack(self.d, &self.sizes, self.infos.len());
     }
 
     /// One tile: scores, probabilities, their gradients, and what they give to dQ, dK and dV.
     #[inline(always)]
     fn key_block(&mut self, index: usize) {
-        let s = self.s;
-        let Sizes { depth, stride, score_stride, vectors, .. } = self.sizes;
+        let d = self.d;
+        let Sizes { units, stride, score_stride, vectors, .. } = self.sizes;
         let range = self.sizes.key_block(index);
-        let key_panels = Right::panels(s, &raw const self.key_panels[range.start * depth], depth);
-        let value_panels = Right::panels(s, &raw const self.value_panels[range.start * depth], depth);
         let farthest = self.infos.iter().map(|info| info.sees(&range)).max().unwrap_or(0);
         self.tables.iter_mut().for_each(Tables::clear);
-        let tiles: Vec<Tile> = tiles(&self.infos, &range, S::TALL).collect();
+        let tiles: Vec<Tile> = tiles(&self.infos, &range, D::Simd::TALL).collect();
         for Tile { rows, reach } in tiles {
-            let size = Size { rows: rows.len(), vectors: reach.div_ceil(S::LANES), depth };
-            // SAFETY: the rows of the tile, and panels up to the keys it reaches; scores hold a whole block of keys.
-            unsafe {
-                let offset = rows.start * stride;
-                let scores = rows.start * score_stride;
-                let left = Left { pointer: self.query.as_ptr().add(offset), row_stride: stride, depth_stride: 1 };
-                let pointer = self.probabilities.as_mut_ptr().add(scores);
-                gemm(s, size, left, key_panels, Target { pointer, row_stride: score_stride, accumulate: false });
-                let left = Left { pointer: self.d_out.as_ptr().add(offset), ..left };
-                let pointer = self.d_scores.as_mut_ptr().add(scores);
-                gemm(s, size, left, value_panels, Target { pointer, row_stride: score_stride, accumulate: false });
+            let size = Size { rows: rows.len(), vectors: reach.div_ceil(D::Simd::LANES), depth: units };
+            let products = [
+                (&self.query, &self.key_panels, &mut self.probabilities),
+                (&self.d_out, &self.value_panels, &mut self.d_scores),
+            ];
+            for (left, panels, target) in products {
+                // SAFETY: the rows of the tile, and panels up to the keys it reaches; scores hold a whole block of keys.
+                unsafe {
+                    let pointer = left.left().add(rows.start * stride);
+                    let left = Left { pointer, row_stride: stride, depth_stride: 1 };
+                    let right = Right::panels(d, panels.as_ptr().add(range.start * units).cast(), units);
+                    let pointer = target.as_mut_ptr().add(rows.start * score_stride);
+                    d.product(size, left, right, Target { pointer, row_stride: score_stride, accumulate: false });
+                }
             }
-            for row in rows.clone() {
-                self.row(row, index, farthest);
+            for first in rows.clone().step_by(D::DEPTH) {
+                self.unit(first..(first + D::DEPTH).min(rows.end), index, farthest);
             }
-            let size = Size { rows: rows.len(), vectors, depth: reach };
+            let size = Size { rows: rows.len(), vectors, depth: reach.div_ceil(D::DEPTH) };
             // SAFETY: the tile's score gradients for `reach` keys, those keys, and the tile's rows of dQ.
             unsafe {
-                let pointer = self.d_scores.as_ptr().add(rows.start * score_stride);
+                let pointer = self.d_scores_left().add(rows.start * score_stride).cast_const();
                 let left = Left { pointer, row_stride: score_stride, depth_stride: 1 };
-                let right = Right::rows(s, &raw const self.keys[range.start * stride], stride);
+                let keys = self.keys.as_ptr().add(range.start / D::DEPTH * stride);
                 let pointer = self.d_query.as_mut_ptr().add(rows.start * stride);
-                gemm(s, size, left, right, Target { pointer, row_stride: stride, accumulate: true });
+                let target = Target { pointer, row_stride: stride, accumulate: true };
+                d.product(size, left, Right::rows(d, keys.cast(), stride), target);
             }
         }
         let from = range.start * stride;
         // SAFETY: rows of these keys in the sums of dK and dV.
         unsafe {
             let d_value = self.d_value.as_mut_ptr().add(from);
-            self.keys_product(&range, farthest, (self.probabilities.as_ptr(), self.d_out.as_ptr(), d_value));
+            self.keys_product(&range, farthest, (&self.probabilities, &self.d_out, d_value));
             let d_key = self.d_key.as_mut_ptr().add(from);
-            self.keys_product(&range, farthest, (self.d_scores.as_ptr(), self.query.as_ptr(), d_key));
+            self.keys_product(&range, farthest, (&self.d_scores, &self.query, d_key));
         }
+    }
+
+    /// Score gradients as a left operand; rows are a row of scores apart.
+    fn d_scores_left(&mut self) -> *mut D::Unit {
+        let scores = if D::DEPTH == 1 { &mut self.d_scores } else { &mut self.d_scores_left };
+        scores.as_mut_ptr().cast()
     }
 
     /// target += scoresᵀ rows, for the first `farthest` keys of the block; rows that do not see a tile of keys are left out.
     ///
     /// # Safety
-    /// `scores` must hold every row's scores for `farthest` keys, `rows` every row, `target` a row for every key.
+    /// `scores` must hold every row's scores for `farthest` keys as a right operand, `target` a row for every key.
     #[inline(always)]
     unsafe fn keys_product(
         &self,
         range: &Range<usize>,
         farthest: usize,
-        (scores, rows, target): (*const S::Real, *const S::Real, *mut S::Real),
+        (scores, rows, target): (&Buffer<D::Real>, &Rows<D>, *mut D::Real),
     ) {
-        let s = self.s;
         let Sizes { stride, score_stride, vectors, .. } = self.sizes;
         let whole = self.infos.iter().all(|info| info.sees(range) == range.len());
-        let step = if whole { range.len() } else { S::TALL };
+        let step = if whole { range.len() } else { D::Simd::TALL };
+        // Units of a right operand, read along its rows, are the transposed left operand.
+        let depth_stride = D::DEPTH * score_stride;
         for first in (0..farthest).step_by(step) {
             let count = step.min(farthest - first);
-            let skip = self.infos.iter().position(|info| info.sees(range) > first).unwrap_or(self.infos.len());
-            let size = Size { rows: count, vectors, depth: self.infos.len() - skip };
-            // SAFETY: keys `first ..` of the block and rows from `skip` on; the caller's contract.
+            let skip =
+                self.infos.iter().position(|info| info.sees(range) > first).unwrap_or(self.infos.len()) / D::DEPTH;
+            let size = Size { rows: count, vectors, depth: self.infos.len().div_ceil(D::DEPTH) - skip };
+            // SAFETY: keys `first ..` of the block and units of rows from `skip` on; the caller's contract.
             unsafe {
-                let pointer = scores.add(skip * score_stride + first);
-                let left = Left { pointer, row_stride: 1, depth_stride: score_stride };
-                let right = Right::rows(s, rows.add(skip * stride), stride);
-                let target = target.add(first * stride);
-                gemm(s, size, left, right, Target { pointer: target, row_stride: stride, accumulate: true });
+                let pointer = scores.as_ptr().cast::<D::Unit>().add(skip * depth_stride + first);
+                let left = Left { pointer, row_stride: 1, depth_stride };
+                let right = Right::rows(self.d, rows.right().add(skip * stride), stride);
+                let target = Target { pointer: target.add(first * stride), row_stride: stride, accumulate: true };
+                self.d.product(size, left, right, target);
             }
         }
     }
 
-    /// Probabilities and score gradients of one row for one key block, zero up to `farthest` where not visible.
+    /// Probabilities and score gradients of the rows of one unit for one key block, zero up to `farthest` where not
+    /// visible.
     #[inline(always)]
-    fn row(&mut self, row: usize, key_block: usize, farthest: usize) {
-        let (s, b) = (self.s, self.head[0]);
+    fn unit(&mut self, rows: Range<usize>, key_block: usize, farthest: usize) {
+        let b = self.head[0];
         let Sizes { score_stride, parts, .. } = self.sizes;
         let range = self.sizes.key_block(key_block);
-        let info = self.infos[row];
-        let visible = info.sees(&range);
-        let ids = &self.problem.modality.row(b)[range];
+        let ids = &self.problem.modality.row(b)[range.clone()];
         let content = self.contents[key_block];
-        // SAFETY: the row's scores hold a whole block of keys, of which `farthest` were computed.
-        let (p, d) = unsafe {
-            let p = self.probabilities.as_mut_ptr().add(row * score_stride);
-            (p, self.d_scores.as_mut_ptr().add(row * score_stride))
-        };
-        // SAFETY: as above; what lies past the visible keys is cleared.
-        unsafe { clear(s, p, visible.next_multiple_of(S::LANES), farthest) };
-        // SAFETY: as above.
-        unsafe { clear(s, d, visible.next_multiple_of(S::LANES), farthest) };
-        if visible == 0 {
-            return;
-        }
-        let mut masks = [std::ptr::null(); 2];
-        for (part, mask) in Part::all(parts).iter().zip(&mut masks) {
-            let keys = Block { batch: b, ids, content, part: *part };
-            *mask = self.tables[usize::from(*part == Part::CrossKeys)].added(self.problem, keys, info.row);
-        }
-        let closed = &self.closed[row * parts..][..parts];
-        for at in (0..visible).step_by(S::LANES) {
-            // SAFETY: registers that begin below `visible`, inside scores and tables of a whole block of keys.
-            unsafe {
-                let (score, d_p) = (s.load(p.add(at)), s.load(d.add(at)));
-                let (mut probability, mut d_score) = (s.zero(), s.zero());
-                for (closed, mask) in closed.iter().zip(masks) {
-                    let x = s.sub(s.add(score, s.load(mask.add(at))), s.splat(closed.logsumexp));
-                    let x = exp2(s, x);
-                    probability = s.add(probability, x);
-                    d_score = s.mul_add(x, s.sub(d_p, s.splat(closed.delta)), d_score);
-                }
-                let inside = visible - at;
-                s.store(p.add(at), s.first(inside, probability, s.zero()));
-                s.store(d.add(at), s.first(inside, d_score, s.zero()));
+        // SAFETY: a row of score gradients in either form.
+        let d_left = unsafe { self.d_scores_left().add(rows.start * score_stride) };
+        let mut lines = [Line::default(); 2];
+        for (row, line) in rows.clone().zip(&mut lines) {
+            let info = self.infos[row];
+            line.visible = info.sees(&range);
+            if line.visible == 0 {
+                continue;
+            }
+            for (index, &part) in Part::all(parts).iter().enumerate() {
+                let closed = self.closed[row * parts + index];
+                let keys = Block { batch: b, ids, content, part };
+                let added = self.tables[index].added(self.problem, keys, info.row);
+                line.parts[index] = LinePart { added, closed };
             }
         }
-        if let Some(d_bias) = &self.gradients.bias {
-            let keys = Block { batch: b, ids, content, part: Part::Whole };
-            let query = info.row.modality as usize;
-            let modalities = match content {
-                Content::Uniform(key) => key..key + 1,
-                Content::Mixed { .. } => 0..self.sizes.modalities as i32,
-            };
-            for key in modalities {
-                // SAFETY: the row's score gradients, zero past the visible ones; this task alone owns the head's table.
-                unsafe {
-                    let (sum, _) = split_sum(s, d, self.tables[0].own(keys, key), visible);
-                    *d_bias.element([b, info.row.head, query, key as usize]) += sum;
-                }
+        let factor = self.problem.scale * D::Real::LOG2_E;
+        // SAFETY: the rows' scores hold a whole block of keys, of which `farthest` were computed or are hidden; so do
+        // the tables, which are numbers for all the parts of a block of keys or for none.
+        unsafe {
+            let p = self.probabilities.as_mut_ptr().add(rows.start * score_stride);
+            let d = self.d_scores.as_mut_ptr().add(rows.start * score_stride);
+            let tiles = UnitTiles { p, d, d_left, score_stride, farthest };
+            if parts == 1 {
+                differentiate::<D, 1>(self.d, tiles, factor, &lines);
+            } else {
+                differentiate::<D, 2>(self.d, tiles, factor, &lines);
+            }
+        }
+        if self.gradients.bias.is_some() {
+            for (i, row) in rows.enumerate() {
+                // SAFETY: a row of score gradients.
+                let d_left = unsafe { d_left.add(i * score_stride) };
+                let keys = Block { batch: b, ids, content, part: Part::Whole };
+                self.add_bias_gradient(keys, self.infos[row], (d_left, lines[i].visible));
+            }
+        }
+    }
+
+    /// Adds a row's score gradients, zero past the visible ones, to the bias of every modality in the block.
+    #[inline(always)]
+    fn add_bias_gradient(&mut self, keys: Block<'_>, info: RowInfo, (d_scores, visible): (*const D::Unit, usize)) {
+        let Some(d_bias) = &self.gradients.bias else { return };
+        let query = info.row.modality;
+        let modalities = match keys.content {
+            _ if visible == 0 => 0..0,
+            Content::Uniform(key) => key..key + 1,
+            Content::Mixed { .. } => 0..self.sizes.modalities as i32,
+        };
+        for key in modalities {
+            // SAFETY: the row's score gradients; this task alone owns the head's table.
+            unsafe {
+                let sum = sum_where(self.d, d_scores, self.tables[0].own(keys, key), visible);
+                *d_bias.element([keys.batch, info.row.head, query as usize, key as usize]) += sum;
             }
         }
     }
@@ -347,7 +375,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             unsafe {
                 let source = self.d_query.as_ptr().add(row * stride);
                 let target = self.gradients.query.block([self.head[0], info.row.head, info.query]).as_mut_ptr();
-                pack::unpack(self.s, source, self.problem.scale, depth, target);
+                pack::unpack(self.d.simd(), source, self.problem.scale, depth, target);
             }
         }
     }
@@ -358,19 +386,19 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         let Sizes { depth, stride, keys, .. } = self.sizes;
         let [b, h] = self.head;
         for j in 0..keys {
-            // SAFETY: the key's sums; this task alone owns the key head. Queries were scaled to log2 units: ln 2 undoes it.
+            // SAFETY: the key's sums; this task alone owns the key head.
             unsafe {
                 let d_key = self.gradients.key.block([b, h, j]).as_mut_ptr();
-                pack::unpack(self.s, self.d_key.as_ptr().add(j * stride), S::Real::LN_2, depth, d_key);
+                pack::unpack(self.d.simd(), self.d_key.as_ptr().add(j * stride), self.problem.scale, depth, d_key);
                 let d_value = self.gradients.value.block([b, h, j]).as_mut_ptr();
-                pack::unpack(self.s, self.d_value.as_ptr().add(j * stride), S::Real::ONE, depth, d_value);
+                pack::unpack(self.d.simd(), self.d_value.as_ptr().add(j * stride), D::Real::ONE, depth, d_value);
             }
         }
     }
 
     /// Leaves the sums of one task for [`Self::gather`].
     #[inline(always)]
-    pub(super) fn leave(&mut self, partial: &Partial<S::Real>, task: usize) {
+    pub(super) fn leave(&mut self, partial: &Partial<D::Real>, task: usize) {
         for (which, sums) in [&self.d_key, &self.d_value].into_iter().enumerate() {
             // SAFETY: a slot has the size of the sums, and a task has its own.
             unsafe { partial.slot(task, which).copy_from_nonoverlapping(sums.as_ptr(), sums.len()) };
@@ -379,17 +407,17 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
 
     /// Adds the sums of a key head's tasks in order and writes dK and dV.
     #[inline(always)]
-    pub(super) fn gather(&mut self, partial: &Partial<S::Real>, tasks: Range<usize>, head: [usize; 2]) {
+    pub(super) fn gather(&mut self, partial: &Partial<D::Real>, tasks: Range<usize>, head: [usize; 2]) {
         self.head = head;
-        self.d_key.fill(S::Real::ZERO);
-        self.d_value.fill(S::Real::ZERO);
+        self.d_key.fill(D::Real::ZERO);
+        self.d_value.fill(D::Real::ZERO);
         for task in tasks {
             for (which, sums) in [&mut self.d_key, &mut self.d_value].into_iter().enumerate() {
-                let vectors = sums.len() / S::LANES;
+                let vectors = sums.len() / D::Simd::LANES;
                 // SAFETY: a slot has the size of the sums, whole registers; all tasks have ended.
                 unsafe {
                     let slot = partial.slot(task, which);
-                    pack::accumulate(self.s, slot, S::Real::ONE, sums.as_mut_ptr(), (vectors, true));
+                    pack::accumulate(self.d.simd(), slot, D::Real::ONE, sums.as_mut_ptr(), (vectors, true));
                 }
             }
         }
