@@ -11,7 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-SETS = ("scalar", "avx2", "avx512")
+SETS = ("scalar", "avx2", "avx512", "avx512bf16")
 
 SUBSET = """
 import torch
@@ -55,6 +55,8 @@ for call in (lambda: F.modular_attention(x, x, x, ids), lambda: F.duplex_align(x
 def machine_has(name: str) -> bool:
     """What torch finds on this machine, so that the extension is not asked about itself."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
+    if name == "avx512bf16":
+        return capability == "avx512" and torch.cpu._is_avx512_bf16_supported()
     return name == "scalar" or SETS.index(name) <= (SETS.index(capability) if capability in SETS else 0)
 
 
