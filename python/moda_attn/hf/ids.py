@@ -16,6 +16,14 @@ from ..errors import ModaTypeError, ModaValueError
 OWN_ARGUMENTS = ("modality_ids", "mm_token_type_ids", "moda_context")
 
 
+class Entered:
+    """Counts the layers that ran in one call. No bare set: FSDP with mixed precision hands every layer a copy of each
+    container and dataclass among its arguments, and what the layer notes in the copy would be lost."""
+
+    def __init__(self) -> None:
+        self.layers: set[int] = set()
+
+
 @dataclass
 class ModaCall:
     """What every layer must know about the tokens of one forward call.
@@ -25,12 +33,12 @@ class ModaCall:
     Attributes:
         modality: (B, n), of the n new tokens: 0 text, 1 vision, -1 padding.
         context: (B, n) bool, the tokens that may feed a basis; None for all that are no padding.
-        entered: indices of the layers that ran.
+        entered: the layers that ran.
     """
 
     modality: Tensor
     context: Tensor | None
-    entered: set[int] = field(default_factory=set)
+    entered: Entered = field(default_factory=Entered)
 
 
 def describe_call(

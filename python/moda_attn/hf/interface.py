@@ -53,6 +53,7 @@ def moda_attention(
     if kwargs.get("softcap") is not None:
         raise ModaValueError("softcap is not supported")
     state = moda_seam.state
+    moda_seam.attended = True
     length = state.modality.shape[1]
     if key.shape[2] < length:
         raise ModaValueError(

@@ -19,6 +19,8 @@ class CacheSeam:
     The attention module calls :meth:`update` with its new keys; the seam aligns them, passes them on to the real
     cache (if there is one) and keeps what the attention function needs.
 
+    `state` says that the module came by with its keys, `attended` that our attention function ran.
+
     Args:
         layer: the module's MODA parameters; None for a layer that attends plainly.
         call: the tokens of this forward call.
@@ -30,6 +32,7 @@ class CacheSeam:
         self.call = call
         self.cache = cache
         self.state: LayerState | None = None
+        self.attended = False
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Align `key` (B, Hkv, n, D), store it with `value`, and return all keys and values."""
