@@ -50,6 +50,10 @@ class Runtime:
             self.handles.append(module.register_forward_pre_hook(self.before_forward, with_kwargs=True))
         self.handles.append(core.register_forward_hook(self.after_forward, with_kwargs=True))
         vars(model)["generate"] = functools.partial(self.generate, model)
+        if self.config is not None:
+            from .io import save_beside
+
+            vars(model)["save_pretrained"] = functools.partial(save_beside, model)
 
     def disconnect(self, model: nn.Module) -> None:
         """Undo :meth:`connect`."""
@@ -57,6 +61,7 @@ class Runtime:
             handle.remove()
         self.handles.clear()
         del model.generate
+        vars(model).pop("save_pretrained", None)
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Add what the layers must know about the tokens to the keyword arguments; the outermost module does it."""
