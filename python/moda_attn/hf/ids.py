@@ -88,11 +88,12 @@ def _refuse_packed_rows(arguments: Mapping[str, Any]) -> None:
 
 
 def refuse_late_images(arguments: Mapping[str, Any]) -> None:
-    """Raise where images arrive on a cache that holds a prompt: the bases are those of the first call."""
-    length = past_length(arguments.get("past_key_values"))
-    if _has_images(arguments) and isinstance(length, int) and length:
+    """Raise where images arrive, in a call on a cache that holds a prompt: the bases are those of the first call."""
+    if _has_images(arguments):
+        length = past_length(arguments["past_key_values"])
         raise ModaValueError(
-            f"images in a call on a cache of {length} tokens: give the whole prompt in one call with an empty cache"
+            f"images in a call on a cache of {int(length)} tokens: give the whole prompt in one call with an empty "
+            "cache; a later turn of text needs none, its images are cached"
         )
 
 
