@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaValueError
-from .ids import OWN_ARGUMENTS, describe_call, refuse_late_images
+from .ids import OWN_ARGUMENTS, describe_call, new_columns, refuse_late_images
 from .memory import is_filled
 from .prompt import Prompt
 from .registry import Family
@@ -53,7 +53,8 @@ class Runtime:
         """Hook the model and its core, and stand before `generate`. Bound methods: a deep copy gets its own."""
         core = model.get_submodule(self.family.core)
         for module in dict.fromkeys((model, core)):
-            self.handles.append(module.register_forward_pre_hook(self.before_forward, with_kwargs=True))
+            hook = functools.partial(self.before_forward, _positional(module))
+            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self.handles.append(core.register_forward_hook(self.after_forward, with_kwargs=True))
         vars(model)["generate"] = functools.partial(self.generate, model)
         for name in REFUSED:
@@ -68,13 +69,18 @@ class Runtime:
         for name in ("generate", *REFUSED):
             vars(model).pop(name, None)
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Add what the layers must know about the tokens to the keyword arguments; the outermost module does it."""
+    def before_forward(
+        self, names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        """Add what the layers must know about the tokens to the keyword arguments; the outermost module does it.
+
+        `names` are those of the module's positional arguments, read beforehand: torch.compile cannot read a signature.
+        """
         if kwargs.get("moda_call") is not None:
             return None
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if name in kwargs}
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
-        arguments = {**dict(zip(_positional(type(module)), args, strict=False)), **kwargs, **own}
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs, **own}
         filled = is_filled(arguments.get("past_key_values"))
         if self.config is not None and self.config.needs_basis and filled:
             refuse_late_images(arguments)
@@ -116,11 +122,10 @@ class Runtime:
             self.prompt = outer
 
 
-@functools.cache
-def _positional(module: type) -> tuple[str, ...]:
+def _positional(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments that a module's forward takes by position."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = list(inspect.signature(cast("Any", module).forward).parameters.values())[1:]
+    parameters = inspect.signature(module.forward).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind in positional)
 
 
@@ -146,4 +151,4 @@ def _positions(arguments: dict[str, Any], count: int) -> Tensor | None:
     mask = arguments.get("attention_mask")
     if arguments.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
+    return new_columns((mask.long().cumsum(-1) - 1).clamp(min=0), arguments.get("past_key_values"), count)
