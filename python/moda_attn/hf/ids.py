@@ -16,6 +16,14 @@ from ..errors import ModaTypeError, ModaValueError
 OWN_ARGUMENTS = ("modality_ids", "mm_token_type_ids", "moda_context")
 
 
+class Entered:
+    """Counts the layers that ran in one call. No bare set: FSDP with mixed precision hands every layer a copy of each
+    container and dataclass among its arguments, and what the layer notes in the copy would be lost."""
+
+    def __init__(self) -> None:
+        self.layers: set[int] = set()
+
+
 @dataclass
 class ModaCall:
     """What every layer must know about the tokens of one forward call.
@@ -25,12 +33,12 @@ class ModaCall:
     Attributes:
         modality: (B, n), of the n new tokens: 0 text, 1 vision, -1 padding.
         context: (B, n) bool, the tokens that may feed a basis; None for all that are no padding.
-        entered: indices of the layers that ran.
+        entered: the layers that ran.
     """
 
     modality: Tensor
     context: Tensor | None
-    entered: set[int] = field(default_factory=set)
+    entered: Entered = field(default_factory=Entered)
 
 
 def describe_call(
@@ -81,7 +89,9 @@ def _modality(arguments: Mapping[str, Any], image_token: int) -> Tensor:
 def _refuse_packed_rows(arguments: Mapping[str, Any]) -> None:
     """Several samples in one row would feed each other's bases; transformers tells them by their positions too."""
     positions = arguments.get("position_ids")
-    if positions is None or positions.dim() != 2 or arguments.get("attention_mask") is not None or torch.compiler.is_compiling():
+    if positions is None or arguments.get("attention_mask") is not None or torch.compiler.is_compiling():
+        return
+    if positions.dim() != 2:  # Several axes, as in Qwen2-VL: not one count of tokens.
         return
     if past_length(arguments.get("past_key_values")) == 0 and (positions.diff(dim=-1) != 1).any():
         raise ModaValueError("position_ids do not rise by one, and no attention_mask: packed rows are not supported")
@@ -142,7 +152,7 @@ def new_columns(mask: Tensor, cache: Any, count: int) -> Tensor:
 
 def _first_key(cache: Any) -> Any:
     """Position of the first key in the masks of a cache's first layer: a sliding layer has let go of those before."""
-    layer = cache.layers[0] if cache is not None and cache.layers else None
+    layer: Any = cache.layers[0] if cache is not None and cache.layers else None
     if not getattr(layer, "is_sliding", False):
         return 0
     window = getattr(layer, "max_cache_len", None) or layer.sliding_window

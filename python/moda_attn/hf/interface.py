@@ -52,6 +52,7 @@ def moda_attention(
         )
     if kwargs.get("softcap") is not None:
         raise ModaValueError("softcap is not supported")
+    moda_seam.attended = True
     state, queries = moda_seam.state, moda_seam.queries
     if query.shape[2] > 1:
         # A static cache gives back more than it holds. One query sees none of that, as its modality is padding; more

@@ -13,7 +13,7 @@ from .._checks import compute_dtype
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaTypeError, ModaValueError
 from ..layer import ModaLayer
-from .attention import patch_attention, unpatch_attention
+from .attention import patch_attention, refuse_foreign_forward, unpatch_attention
 from .interface import NAME, register
 from .registry import Family, family_of
 from .runtime import Runtime
@@ -161,6 +161,8 @@ def _install(
 ) -> Runtime:
     register()
     attentions = family.attentions(model)
+    for module in attentions:
+        refuse_foreign_forward(module)
     image_token = getattr(model.config, family.image_token)
     runtime = Runtime(family, config, image_token, len(attentions), _get_attention(model, family))
     if use_kernel:

@@ -28,7 +28,7 @@ class Prompt:
 
     @classmethod
     def take(cls, args: tuple, kwargs: dict[str, Any]) -> Prompt:
-        """Read the prompt off the arguments of `generate`; takes those out of `kwargs` that `generate` does not know."""
+        """Read the prompt off the arguments of `generate`; takes out of `kwargs` what `generate` does not know."""
         given = [kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
         prompt = next((tensor for tensor in (*args[:1], *given) if tensor is not None), None)
         length = prompt.shape[1] if isinstance(prompt, Tensor) else None

@@ -102,7 +102,7 @@ class Runtime:
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Raise when a layer was passed by: a wrapper that hides the patched class would be a silent no-op."""
-        missed = sorted(set(range(self.layers)) - kwargs["moda_call"].entered)
+        missed = sorted(set(range(self.layers)) - kwargs["moda_call"].entered.layers)
         if missed:
             raise ModaRuntimeError(f"patched layers {missed} were not entered; another patch hides them")
 

@@ -19,6 +19,8 @@ class CacheSeam:
     The attention module calls :meth:`update` with its new keys; the seam aligns them, passes them on to the real
     cache (if there is one) and keeps what the attention function needs.
 
+    `state` says that the module came by with its keys, `attended` that our attention function ran.
+
     Args:
         layer: the module's MODA parameters; None for a layer that attends plainly.
         call: the tokens of this forward call.
@@ -27,6 +29,7 @@ class CacheSeam:
     Attributes:
         state: the bases, and the modality of every key that :meth:`update` gave back.
         queries: the new tokens.
+        attended: whether our attention function ran.
     """
 
     def __init__(self, layer: ModaLayer | None, call: ModaCall, cache: Any):
@@ -35,6 +38,7 @@ class CacheSeam:
         self.cache = cache
         self.state: LayerState | None = None
         self.queries: Queries | None = None
+        self.attended = False
         self.layer_idx = 0
 
     @property
