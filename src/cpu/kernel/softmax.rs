@@ -8,6 +8,7 @@ use super::exp2::{exp2, exp2_one};
 use crate::cpu::dot::Dot;
 use crate::cpu::simd::Simd;
 use crate::dtype::Real;
+use std::ops::Range;
 
 /// A block whose probabilities, relative to the standing maximum, sum up to more than this moves the maximum.
 const FAR: f64 = 1e12;
@@ -19,6 +20,21 @@ pub(crate) enum Added<R> {
     Same(R),
     /// A number for each key of a block.
     Each(*const R),
+}
+
+impl<R> Added<R> {
+    /// What is added from a key of the block on.
+    ///
+    /// # Safety
+    /// The block must have the key.
+    #[inline(always)]
+    pub(crate) unsafe fn after(self, key: usize) -> Self {
+        match self {
+            // SAFETY: the caller's contract.
+            Self::Each(added) => Self::Each(unsafe { added.add(key) }),
+            same @ Self::Same(_) => same,
+        }
+    }
 }
 
 /// A row's scores for one key block.
@@ -33,10 +49,31 @@ pub(crate) struct Span<R> {
     pub(crate) added: Added<R>,
     /// Where mass is wanted and the block holds several modalities: 1 for keys of the query's own, 0 for others.
     pub(crate) own: Option<*const R>,
-    /// Keys `0 .. visible` of the block may be seen; at least one.
+    /// Keys `first .. visible` of the span may be seen; at least one.
+    pub(crate) first: usize,
     pub(crate) visible: usize,
-    /// Keys `0 .. reach` are used by the product with the values: those past `visible` get probability 0.
+    /// Keys `0 .. reach` are used by the product with the values: those that may not be seen get probability 0.
     pub(crate) reach: usize,
+}
+
+impl<R: Copy> Span<R> {
+    /// Where the first register with a visible key begins.
+    #[inline(always)]
+    fn start<S: Simd<Real = R>>(&self, _: S) -> usize {
+        self.first / S::LANES * S::LANES
+    }
+
+    /// The register at `at` with `other` where keys are not visible.
+    #[inline(always)]
+    fn visible_of<S: Simd<Real = R>>(&self, s: S, at: usize, mut x: S::Vector, other: S::Vector) -> S::Vector {
+        if self.visible - at < S::LANES {
+            x = s.first(self.visible - at, x, other);
+        }
+        if at < self.first {
+            x = s.first(self.first - at, other, x);
+        }
+        x
+    }
 }
 
 /// Sums of a block's probabilities.
@@ -149,7 +186,7 @@ unsafe fn highest<S: Simd>(s: S, span: Span<S::Real>) -> S::Vector {
     let hidden = s.splat(S::Real::NEG_INFINITY);
     let factor = s.splat(span.factor);
     let mut top = hidden;
-    for at in (0..span.visible).step_by(S::LANES) {
+    for at in (span.start(s)..span.visible).step_by(S::LANES) {
         // SAFETY: registers that begin below `visible`.
         let x = unsafe {
             let added = match span.added {
@@ -158,8 +195,7 @@ unsafe fn highest<S: Simd>(s: S, span: Span<S::Real>) -> S::Vector {
             };
             s.mul_add(s.load(span.scores.add(at)), factor, added)
         };
-        let inside = span.visible - at;
-        top = s.max(top, if inside < S::LANES { s.first(inside, x, hidden) } else { x });
+        top = s.max(top, span.visible_of(s, at, x, hidden));
     }
     top
 }
@@ -207,15 +243,13 @@ unsafe fn weigh_with<D: Dot, const OWN: bool>(
     let lanes = D::Simd::LANES;
     let factor = s.splat(span.factor);
     let (mut total, mut inside, mut outside) = (s.zero(), s.zero(), s.zero());
-    let whole = span.visible / lanes * lanes;
-    for at in (0..span.visible).step_by(lanes) {
-        // SAFETY: registers that begin below `visible`. Probabilities take no more room than the scores they come from.
+    let start = span.start(s);
+    for at in (start..span.visible).step_by(lanes) {
+        // SAFETY: registers that begin below `visible`. Probabilities take no more room than the scores they come from,
+        // and what is before them is cleared last.
         unsafe {
             let x = s.mul_add(s.load(span.scores.add(at)), factor, added(at));
-            let mut p = exp2(s, x);
-            if at == whole {
-                p = s.first(span.visible - at, p, s.zero());
-            }
+            let p = span.visible_of(s, at, exp2(s, x), s.zero());
             d.store_left(span.scores.cast(), at, p);
             total = s.add(total, p);
             if let (true, Some(own)) = (OWN, span.own) {
@@ -226,7 +260,10 @@ unsafe fn weigh_with<D: Dot, const OWN: bool>(
         }
     }
     // SAFETY: the same contract.
-    unsafe { clear_left(d, span.scores, span.visible.next_multiple_of(lanes), span.reach) };
+    unsafe {
+        clear_left(d, span.scores, 0, start);
+        clear_left(d, span.scores, span.visible.next_multiple_of(lanes), span.reach);
+    }
     Sums { total: s.sum(total), own: s.sum(inside), cross: s.sum(outside) }
 }
 
@@ -254,16 +291,15 @@ pub(crate) unsafe fn clear<S: Simd>(s: S, scores: *mut S::Real, from: usize, to:
     }
 }
 
-/// Sum of `p * w` over `count` keys, `p` a row of a left operand; what lies past them in the last register must be 0 in
-/// `p`.
+/// Sum of `p * w` over some keys, `p` a row of a left operand; what else is in their registers must be 0 in `p`.
 ///
 /// # Safety
-/// Both must be readable for `count` rounded up to whole registers.
+/// Both must be readable for the whole registers of `keys`.
 #[inline(always)]
-pub(crate) unsafe fn sum_where<D: Dot>(d: D, p: *const D::Unit, w: *const D::Real, count: usize) -> D::Real {
+pub(crate) unsafe fn sum_where<D: Dot>(d: D, p: *const D::Unit, w: *const D::Real, keys: Range<usize>) -> D::Real {
     let s = d.simd();
     let mut sum = s.zero();
-    for at in (0..count).step_by(D::Simd::LANES) {
+    for at in (keys.start / D::Simd::LANES * D::Simd::LANES..keys.end).step_by(D::Simd::LANES) {
         // SAFETY: the caller's contract.
         sum = unsafe { s.mul_add(d.load_left(p, at), s.load(w.add(at)), sum) };
     }
