@@ -111,22 +111,22 @@ fn key_ranges_match_the_specification_across_blocks() {
 }
 
 /// Everything both kernels write, as bits.
-fn bits(exec: Exec, case: &AttendCase<f32>) -> Vec<u32> {
-    let out: AttendBuffers<f32> = case.forward(|problem, outputs| f32::attend(exec, problem, outputs).unwrap());
-    let gradients: AttendGradientBuffers<f32> = case.backward(&out, |problem, upstream, gradients| {
-        f32::attend_backward(exec, problem, upstream, gradients).unwrap();
+fn bits<T: CpuElement<Acc = f32>>(exec: Exec, case: &AttendCase<T>) -> Vec<u64> {
+    let out: AttendBuffers<T> = case.forward(|problem, outputs| T::attend(exec, problem, outputs).unwrap());
+    let gradients: AttendGradientBuffers<T> = case.backward(&out, |problem, upstream, gradients| {
+        T::attend_backward(exec, problem, upstream, gradients).unwrap();
     });
     let all = [
-        out.out.values(),
-        out.logsumexp.values(),
-        out.mass.values(),
-        gradients.query.values(),
-        gradients.key.values(),
-        gradients.value.values(),
-        gradients.sink.map_or(Vec::new(), |sink| sink.values()),
-        gradients.bias.map_or(Vec::new(), |bias| bias.values()),
+        out.out.widened().values(),
+        out.logsumexp.widened().values(),
+        out.mass.widened().values(),
+        gradients.query.widened().values(),
+        gradients.key.widened().values(),
+        gradients.value.widened().values(),
+        gradients.sink.map_or(Vec::new(), |sink| sink.widened().values()),
+        gradients.bias.map_or(Vec::new(), |bias| bias.widened().values()),
     ];
-    all.concat().into_iter().map(f32::to_bits).collect()
+    all.concat().into_iter().map(f64::to_bits).collect()
 }
 
 /// A range that hides nothing costs no bit, and neither does the causal limit put as one.
@@ -188,6 +188,7 @@ fn the_result_does_not_depend_on_the_number_of_threads() {
             let mut options = AttendOptions::random(rng);
             (options.heads, options.key_heads, options.keys) = ([4, 6, 8][seed as usize % 3], 2, 200);
             let attend = AttendCase::<f32>::new(rng, options);
+            let halves = AttendCase::<bf16>::new(rng, options);
             let align = AlignCase::<f32>::random(rng);
             let run = |threads| {
                 let exec = Exec { isa, threads };
@@ -203,8 +204,8 @@ fn the_result_does_not_depend_on_the_number_of_threads() {
                     align_gradients.keep.values(),
                     align_gradients.mix.values(),
                 ];
-                let aligned = all.concat().into_iter().map(f32::to_bits);
-                bits(exec, &attend).into_iter().chain(aligned).collect::<Vec<_>>()
+                let aligned = all.concat().into_iter().map(|x| u64::from(x.to_bits()));
+                [bits(exec, &attend), bits(exec, &halves), aligned.collect()].concat()
             };
             let one = run(1);
             assert!([2, 3, 7].into_iter().all(|threads| run(threads) == one), "{isa:?}, seed {seed}");

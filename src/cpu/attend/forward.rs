@@ -273,11 +273,11 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             visible: seen.end - near.start,
             reach: near.len(),
         };
+        let seen_before = self.running[row].seen;
         // SAFETY: scores and tables of a whole block of keys.
-        let standing =
-            if self.running[row].seen { unsafe { follow(self.d, span, &mut self.running[row]) } } else { None };
+        let standing = seen_before.then(|| unsafe { follow(self.d, span, &mut self.running[row]) }).flatten();
         let sums = standing.unwrap_or_else(|| {
-            if self.running[row].seen {
+            if seen_before {
                 self.scores(range, row..row + 1, near);
             }
             // SAFETY: as above, and the row's sums.

@@ -101,7 +101,7 @@ pub(super) struct UnitTiles<D: Dot> {
 #[inline(always)]
 pub(super) unsafe fn differentiate<D: Dot, const PARTS: usize>(
     d: D,
-    tiles: UnitTiles<D>,
+    tiles: &UnitTiles<D>,
     factor: D::Real,
     lines: &[Line<D::Real>; 2],
 ) {
@@ -138,7 +138,7 @@ pub(super) unsafe fn differentiate<D: Dot, const PARTS: usize>(
 #[inline(always)]
 unsafe fn differentiate_with<D: Dot, const PARTS: usize>(
     d: D,
-    tiles: UnitTiles<D>,
+    tiles: &UnitTiles<D>,
     factor: D::Real,
     lines: &[Line<D::Real>; 2],
     offset: impl Fn(usize, usize, usize) -> <D::Simd as Simd>::Vector,

@@ -48,6 +48,8 @@ pub(super) struct Worker<'a, D: Dot, T: Element<Acc = D::Real>> {
     d_scores: Buffer<D::Real>,
     /// Gradients of scores as a left operand, where that is another thing.
     d_scores_left: Buffer<D::Real>,
+    /// Sums of d bias in the current block: by head in the group, modality of the query and of the key.
+    d_bias: Vec<f64>,
     tables: Vec<Tables<D::Real>>,
     infos: Vec<RowInfo>,
     /// Every row's softmaxes, row by row.
@@ -87,6 +89,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             probabilities: Buffer::new(scores, "a block of probabilities")?,
             d_scores: Buffer::new(scores, "a block of score gradients")?,
             d_scores_left: Buffer::new(if D::DEPTH > 1 { scores } else { 0 }, "a block of score gradients")?,
+            d_bias: vec![0.0; if gradients.bias.is_some() { sizes.group * sizes.modalities.pow(2) } else { 0 }],
             tables: (0..sizes.parts).map(|_| Tables::new(&sizes)).collect::<Result<_>>()?,
             infos: Vec::with_capacity(rows),
             closed: Vec::with_capacity(rows * sizes.parts),
@@ -149,6 +152,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             self.key_block(key_block);
         }
         self.write_queries();
+        self.write_bias();
     }
 
     /// Queries, output gradients and closed softmaxes of the block; d sink falls out on the way.
@@ -336,7 +340,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         unsafe {
             let p = self.probabilities.as_mut_ptr().add(rows.start * score_stride);
             let d = self.d_scores.as_mut_ptr().add(rows.start * score_stride);
-            let tiles = UnitTiles { p, d, d_left, score_stride, near: near.clone() };
+            let tiles = &UnitTiles { p, d, d_left, score_stride, near: near.clone() };
             if parts == 1 {
                 differentiate::<D, 1>(self.d, tiles, factor, &lines);
             } else {
@@ -356,19 +360,31 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
     /// Adds a row's score gradients, zero beside the visible ones, to the bias of every modality in the block.
     #[inline(always)]
     fn add_bias_gradient(&mut self, keys: Block<'_>, info: RowInfo, (d_scores, line): (*const D::Unit, Line<D::Real>)) {
-        let Some(d_bias) = &self.gradients.bias else { return };
-        let query = info.row.modality;
-        let modalities = match keys.content {
+        let ids = match keys.content {
             _ if line.visible == 0 => 0..0,
             Content::Uniform(key) => key..key + 1,
             Content::Mixed { .. } => 0..self.sizes.modalities as i32,
         };
-        for key in modalities {
-            // SAFETY: the row's score gradients; this task alone owns the head's table.
-            unsafe {
-                let sum = sum_where(self.d, d_scores, self.tables[0].own(keys, key), line.first..line.visible);
-                *d_bias.element([keys.batch, info.row.head, query as usize, key as usize]) += sum;
-            }
+        for key in ids {
+            let own = self.tables[0].own(keys, key);
+            // SAFETY: the row's score gradients and a table of a whole block of keys.
+            let sum = unsafe { sum_where(self.d, d_scores, own, line.first..line.visible) };
+            let query = info.row.head_in_group * self.sizes.modalities + info.row.modality as usize;
+            self.d_bias[query * self.sizes.modalities + key as usize] += sum.to_f64();
+        }
+    }
+
+    /// Adds what the block gave to d bias: summed in float64, as many small terms cancel.
+    #[inline(always)]
+    fn write_bias(&mut self) {
+        let Some(target) = &self.gradients.bias else { return };
+        let [b, h] = self.head;
+        let modalities = self.sizes.modalities;
+        for (at, sum) in self.d_bias.iter_mut().enumerate().filter(|(_, sum)| **sum != 0.0) {
+            let head = h * self.sizes.group + at / (modalities * modalities);
+            // SAFETY: this task alone owns the tables of the block's heads.
+            let entry = unsafe { target.element([b, head, at / modalities % modalities, at % modalities]) };
+            *entry += D::Real::from_f64(std::mem::take(sum));
         }
     }
 
