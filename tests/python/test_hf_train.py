@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import moda_attn
 import tiny
 from moda_attn import ModaConfig
+from moda_attn.errors import ModaRuntimeError
 
 CONFIGS = {
     "default": ModaConfig(),
@@ -199,20 +200,44 @@ def test_the_gradient_is_the_slope_of_the_loss():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(reentrant: bool):
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_gradient_checkpointing_changes_nothing(config: ModaConfig, reentrant: bool):
     x = batch()
-    model = patched(ModaConfig())
-    expected = gradients(model, x)
-    expected = {name: gradient.clone() for name, gradient in expected.items()}
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.zero_grad()
-    loss = model(**x).loss
+    model = patched(config)
+    expected = {name: gradient.clone() for name, gradient in gradients(model, x).items()}
+    checkpointed = patched(config)
+    checkpointed.load_state_dict(model.state_dict())  # some parameters start at random
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    loss = checkpointed(**x).loss
     # A second forward before the backward: the recomputation must find the first one's modality ids.
-    model(**{name: tensor[:1] for name, tensor in x.items()})
+    checkpointed(**{name: tensor[:1] for name, tensor in x.items()})
     loss.backward()
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            assert torch.equal(parameter.grad, expected[name]), name
+    found = {name: p.grad for name, p in checkpointed.named_parameters() if name in expected}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_a_frozen_model(reentrant: bool):
+    """A reentrant checkpoint drops the graph where its inputs need no gradient; nothing then trains, in silence."""
+    model = patched(ModaConfig()).requires_grad_(False)
+    own = {name: parameter for name, parameter in model.named_parameters() if ".moda." in name}
+    for parameter in (*own.values(), model.lm_head.weight):
+        parameter.requires_grad_()
+    expected = {name: gradient.clone() for name, gradient in gradients(model, batch()).items()}
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if hasattr(model, "_require_grads_hook"):  # newer versions see to it themselves
+        model.disable_input_require_grads()
+    if reentrant:
+        with pytest.raises(ModaRuntimeError, match="no gradient would reach MODA's parameters"):
+            model(**batch())
+        for parameter in own.values():
+            parameter.requires_grad_(False)
+        model(**batch()).loss.backward()
+        for parameter in own.values():
+            parameter.requires_grad_()
+    model.enable_input_require_grads()
+    for name, gradient in gradients(model, batch()).items():
+        assert torch.equal(gradient, expected[name]), name
 
 
 def test_training_moda_alone_lowers_the_loss():
