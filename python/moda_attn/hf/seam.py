@@ -33,6 +33,7 @@ class CacheSeam:
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Align `key` (B, Hkv, n, D), store it with `value`, and return all keys and values."""
+        self.call.aligned.add(layer_idx)
         modality = self.call.modality.to(key.device)
         before = recall(self.cache, layer_idx)
         if self.layer is not None:
