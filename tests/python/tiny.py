@@ -7,10 +7,11 @@ import functools
 import inspect
 
 import torch
-from tiny_families import BUILDERS, IMAGE, PAD, TEXT_END, VIDEO, VIDEO_START, VOCABULARY
 from torch import Tensor, nn
 
-__all__ = ["ALL", "FAMILIES", "IMAGE", "PAD", "TEXT_END", "VIDEO", "VOCABULARY", "build", "inputs", "modality", "randomise"]
+from tiny_families import BUILDERS, IMAGE, PAD, TEXT_END, VIDEO, VIDEO_START, VOCABULARY
+
+__all__ = ["BUILDERS", "IMAGE", "PAD", "TEXT_END", "VIDEO", "VOCABULARY", "build", "inputs", "modality", "randomise"]
 
 #: What most tests run on; those of every family run on ALL.
 FAMILIES = ("llava-llama", "llava-mistral", "llava-next-llama", "llava-next-mistral")

@@ -35,6 +35,8 @@ VISION: dict[str, Any] = {
     "image_size": 8,
     "patch_size": 4,
 }
+#: Layers of a text decoder with windows.
+WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"]
 #: What the vision tower is given: number of images in each row, a generator for each row -> arguments of forward.
 Pixels = Callable[[list[int], list[torch.Generator]], dict[str, Tensor]]
 
@@ -172,7 +174,9 @@ def _text_of(config: type, **options: Any) -> Any:
 def _qwen2_vl() -> nn.Module:
     vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 2}
     text = _text_of(hf.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLTextConfig)
-    return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(text_config=text.to_dict(), vision_config=vision, **SPECIAL))
+    return hf.Qwen2VLForConditionalGeneration(
+        hf.Qwen2VLConfig(text_config=text.to_dict(), vision_config=vision, **SPECIAL)
+    )
 
 
 def _qwen2_5_vl() -> nn.Module:
@@ -187,7 +191,9 @@ def _qwen2_5_vl() -> nn.Module:
         "fullatt_block_indexes": [1],
     }
     text = _text_of(hf.models.qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLTextConfig)
-    return hf.Qwen2_5_VLForConditionalGeneration(hf.Qwen2_5_VLConfig(text_config=text.to_dict(), vision_config=vision, **SPECIAL))
+    return hf.Qwen2_5_VLForConditionalGeneration(
+        hf.Qwen2_5_VLConfig(text_config=text.to_dict(), vision_config=vision, **SPECIAL)
+    )
 
 
 def _qwen3_vl() -> nn.Module:
@@ -202,7 +208,9 @@ def _qwen3_vl() -> nn.Module:
         "deepstack_visual_indexes": [0],
     }
     text = _text_of(hf.models.qwen3_vl.configuration_qwen3_vl.Qwen3VLTextConfig, head_dim=8)
-    return hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(text_config=text.to_dict(), vision_config=vision, **SPECIAL))
+    return hf.Qwen3VLForConditionalGeneration(
+        hf.Qwen3VLConfig(text_config=text.to_dict(), vision_config=vision, **SPECIAL)
+    )
 
 
 def _glm4v() -> nn.Module:
@@ -280,7 +288,7 @@ def _gemma3() -> nn.Module:
         head_dim=8,
         query_pre_attn_scalar=8,
         sliding_window=6,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        layer_types=WINDOWS,
         tie_word_embeddings=False,
     )
     config = hf.Gemma3Config(
@@ -297,7 +305,9 @@ def _gemma3() -> nn.Module:
 
 def _mistral3() -> nn.Module:
     vision = hf.PixtralVisionConfig(**(VISION | {"patch_size": 2}))
-    config = hf.Mistral3Config(vision_config=vision, text_config=_mistral(), image_token_index=IMAGE, tie_word_embeddings=False)
+    config = hf.Mistral3Config(
+        vision_config=vision, text_config=_mistral(), image_token_index=IMAGE, tie_word_embeddings=False
+    )
     return hf.Mistral3ForConditionalGeneration(config)
 
 
@@ -321,7 +331,9 @@ def _mllama() -> nn.Module:
         **(TEXT | {"num_hidden_layers": 4}), cross_attention_layers=[1], tie_word_embeddings=False, **{name: rope}
     )
     vision = hf.models.mllama.configuration_mllama.MllamaVisionConfig(**vision)
-    return hf.MllamaForConditionalGeneration(hf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE))
+    return hf.MllamaForConditionalGeneration(
+        hf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    )
 
 
 def _mllama_pixels(counts: list[int], generators: list[torch.Generator]) -> dict[str, Tensor]:
@@ -333,7 +345,9 @@ def _mllama_pixels(counts: list[int], generators: list[torch.Generator]) -> dict
 
 
 def _aya_vision() -> nn.Module:
-    text = hf.Cohere2Config(**TEXT, head_dim=8, sliding_window=6, layer_types=["sliding_attention"] * 2 + ["full_attention"])
+    text = hf.Cohere2Config(
+        **TEXT, head_dim=8, sliding_window=6, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+    )
     config = hf.AyaVisionConfig(
         vision_config=hf.SiglipVisionConfig(**(VISION | {"patch_size": 2}), vision_use_head=False),
         text_config=text,
@@ -355,7 +369,9 @@ def _got_ocr2() -> nn.Module:
         "window_size": 2,
         "global_attn_indexes": [1],
     }
-    config = hf.GotOcr2Config(vision_config=vision, text_config=_qwen2(), image_token_index=IMAGE, tie_word_embeddings=False)
+    config = hf.GotOcr2Config(
+        vision_config=vision, text_config=_qwen2(), image_token_index=IMAGE, tie_word_embeddings=False
+    )
     return hf.GotOcr2ForConditionalGeneration(config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from .._checks import compute_dtype
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaTypeError, ModaValueError
 from ..layer import ModaLayer
-from .attention import patch_attention, unpatch_attention
+from .attention import patch_attention, refuse_foreign_forward, unpatch_attention
 from .interface import NAME, register
 from .registry import family_of
 from .runtime import Runtime
@@ -47,8 +48,10 @@ class ApplyReport:
 
     def __str__(self) -> str:
         state = "was already patched" if self.already else "patched"
+        reasons = "; ".join(f"{index}: {reason}" for index, reason in self.skipped.items())
+        skipped = f"{len(self.skipped)} skipped" + (f" ({reasons})" if reasons else "")
         return (
-            f"{self.model} {state}: {len(self.layers)} layers, {len(self.skipped)} skipped, "
+            f"{self.model} {state}: {len(self.layers)} layers, {skipped}, "
             f"{self.parameters:,} parameters added, attention {self.attention!r}"
         )
 
@@ -120,6 +123,8 @@ def remove(model: nn.Module) -> None:
         raise ModaValueError(f"{type(model).__name__} is not patched; nothing to remove")
     for module in runtime.structure.attentions(model).values():
         unpatch_attention(module)
+    for module in runtime.structure.others(model):
+        module.config = runtime.structure.decoder_of(model).config
     runtime.disconnect(model)
     _set_attention(model, runtime.structure, runtime.attention)
     delattr(model, _RUNTIME)
@@ -180,13 +185,19 @@ def _install(
     use_kernel: bool,
 ) -> Runtime:
     register()
+    attentions = structure.attentions(model)
+    for module in attentions.values():
+        refuse_foreign_forward(module)
     outer: Any = model.config
     family = family_of(outer)
     tokens = family.media_tokens(outer, 2 if config is None else config.num_modalities)
     runtime = Runtime(structure, family, config, tokens, _get_attention(model, structure))
+    for module in structure.others(model):
+        # They share the decoder's configuration, which may come to name an attention function that is not for them.
+        module.config = copy.copy(module.config)
     if use_kernel:
         _set_attention(model, structure, NAME)
-    for index, module in structure.attentions(model).items():
+    for index, module in attentions.items():
         patch_attention(module, layers.get(index), runtime)
     runtime.connect(model)
     setattr(model, _RUNTIME, runtime)

@@ -44,7 +44,7 @@ class Family:
     first_position: int | None = 0
 
     def media_tokens(self, config: Any, num_modalities: int) -> MediaTokens:
-        """The placeholders of a model with this configuration; videos count as vision where there is no third modality."""
+        """The placeholders of a model with this configuration; with two modalities videos count as vision."""
         span = self.video_span
         return MediaTokens(
             None if self.image is None else getattr(config, self.image),
@@ -57,7 +57,7 @@ class Family:
 #: A model of no known family: its modality ids are always explicit, and its positions its own.
 UNKNOWN = Family("", image=None, first_position=None)
 
-_VIDEO = {"video": "video_token_id"}
+_VIDEO = "video_token_id"
 #: The rows, by `model_type` of the configuration.
 FAMILIES = {
     "aya_vision": Family("AyaVisionForConditionalGeneration"),
@@ -73,17 +73,17 @@ FAMILIES = {
     "internvl": Family("InternVLForConditionalGeneration"),
     "llava": Family("LlavaForConditionalGeneration"),
     "llava_next": Family("LlavaNextForConditionalGeneration"),
-    "llava_next_video": Family("LlavaNextVideoForConditionalGeneration", **_VIDEO),
-    "llava_onevision": Family("LlavaOnevisionForConditionalGeneration", **_VIDEO),
+    "llava_next_video": Family("LlavaNextVideoForConditionalGeneration", video=_VIDEO),
+    "llava_onevision": Family("LlavaOnevisionForConditionalGeneration", video=_VIDEO),
     "mistral3": Family("Mistral3ForConditionalGeneration"),
     "mllama": Family("MllamaForConditionalGeneration"),
     "ovis2": Family("Ovis2ForConditionalGeneration"),
     "paligemma": Family("PaliGemmaForConditionalGeneration", first_position=1),
-    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", **_VIDEO, first_position=None),
-    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", **_VIDEO, first_position=None),
-    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", **_VIDEO, first_position=None),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", video=_VIDEO, first_position=None),
+    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", video=_VIDEO, first_position=None),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", video=_VIDEO, first_position=None),
     "smolvlm": Family("SmolVLMForConditionalGeneration"),
-    "video_llava": Family("VideoLlavaForConditionalGeneration", **_VIDEO),
+    "video_llava": Family("VideoLlavaForConditionalGeneration", video=_VIDEO),
     "vipllava": Family("VipLlavaForConditionalGeneration"),
 }
 

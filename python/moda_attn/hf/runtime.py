@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..config import TEXT, ModaConfig
+from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaValueError
-from .ids import OWN_ARGUMENTS, describe_call, past_length, refuse_late_images
+from .ids import OWN_ARGUMENTS, describe_call, from_processor, new_columns, refuse_late_images
+from .memory import is_filled
+from .prompt import Prompt
 from .registry import Family, MediaTokens
 from .structure import Structure
 
 if TYPE_CHECKING:
     from .._typing import VisionLanguageModel
     from .record import MassRecorder
+
+
+#: Entry points of continuous batching; every other one of transformers goes through these.
+REFUSED = ("init_continuous_batching", "continuous_batching_context_manager", "generate_batch")
 
 
 @dataclass
@@ -32,8 +38,7 @@ class Runtime:
         tokens: the placeholders of image and video features.
         attention: name of the attention implementation before the patch.
         recorder: receives the attention mass of every layer while set.
-        prompt_length: number of prompt columns while the model generates.
-        prompt_modality: (B, N), the modality ids that `generate` was given for them.
+        prompt: of the running `generate`.
     """
 
     structure: Structure
@@ -42,45 +47,55 @@ class Runtime:
     tokens: MediaTokens
     attention: str
     recorder: MassRecorder | None = None
-    prompt_length: int | None = None
-    prompt_modality: Tensor | None = None
+    prompt: Prompt | None = None
     handles: list[Any] = field(default_factory=list)
 
     def connect(self, model: nn.Module) -> None:
         """Hook the model and its core, and stand before `generate`. Bound methods: a deep copy gets its own."""
         owners = [model.get_submodule(path) for path in self.structure.owners]
         for module in owners:
-            self.handles.append(module.register_forward_pre_hook(self.before_forward, with_kwargs=True))
+            hook = functools.partial(self.before_forward, _positional(module))
+            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self.handles.append(owners[-1].register_forward_hook(self.after_forward, with_kwargs=True))
         if hasattr(model, "generate"):
             vars(model)["generate"] = functools.partial(self.generate, model)
+        for name in REFUSED:
+            if hasattr(model, name):
+                vars(model)[name] = functools.partial(refuse_continuous_batching, name)
 
     def disconnect(self, model: nn.Module) -> None:
         """Undo :meth:`connect`."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        vars(model).pop("generate", None)
+        for name in ("generate", *REFUSED):
+            vars(model).pop(name, None)
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Add what the layers must know about the tokens to the keyword arguments; the outermost module does it."""
+    def before_forward(
+        self, names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        """Add what the layers must know about the tokens to the keyword arguments; the outermost module does it.
+
+        `names` are those of the module's positional arguments, read beforehand: torch.compile cannot read a signature.
+        """
         if kwargs.get("moda_call") is not None:
             return None
-        signature = inspect.signature(module.forward)
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if name in kwargs}
         # Some families take mm_token_type_ids themselves.
-        kwargs = {name: value for name, value in kwargs.items() if name not in own or name in signature.parameters}
-        arguments = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs, **own}
-        if self.prompt_modality is not None:
-            arguments["modality_ids"] = _of_this_call(self.prompt_modality, arguments)
-        if self.config is not None and self.config.needs_basis:
+        kwargs = {name: value for name, value in kwargs.items() if name not in own or name in names}
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs, **own}
+        filled = is_filled(arguments.get("past_key_values"))
+        if self.config is not None and self.config.needs_basis and filled:
             refuse_late_images(arguments)
+        prompt = None if filled else self.prompt
+        if prompt is not None:
+            arguments |= prompt.describe(arguments)
         call = describe_call(
             arguments,
             self.tokens,
             context="all" if self.config is None else self.config.context,
             training=module.training and torch.is_grad_enabled(),
-            prompt_length=self.prompt_length,
+            prompt_length=None if prompt is None else prompt.length,
         )
         kwargs["moda_call"] = call
         first = self.family.first_position
@@ -92,54 +107,47 @@ class Runtime:
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Raise when a layer was passed by: a wrapper that hides the patched class would be a silent no-op."""
-        call = kwargs["moda_call"]
-        missed = sorted(set(self.structure.layers) - call.entered)
+        missed = sorted(set(self.structure.layers) - kwargs["moda_call"].entered.layers)
         if missed:
             raise ModaRuntimeError(f"patched layers {missed} were not entered; another patch hides them")
-        missed = sorted(call.entered - call.aligned)
-        if missed:
-            raise ModaRuntimeError(
-                f"layers {missed} never called past_key_values.update with their keys, so nothing was aligned; "
-                "leave them out of config.layers"
-            )
 
     def generate(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, with the length of the prompt known: only the prompt may feed a basis."""
-        llava = cast("VisionLanguageModel", model)
-        settings = kwargs.get("generation_config") or llava.generation_config
-        if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
+        vision_language = cast("VisionLanguageModel", model)
+        settings = kwargs.get("generation_config") or vision_language.generation_config
+        chunked = kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
+        if chunked and self.config is not None and self.config.needs_basis:
             raise ModaValueError("prefill_chunk_size is not supported: the bases need the whole prompt in one call")
-        prompt = (
-            args[0]
-            if args
-            else next(
-                (kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None),
-                None,
-            )
-        )
-        # transformers refuses arguments that the model's own forward does not name; the hook puts the ids back.
-        taken = inspect.signature(llava.forward).parameters
-        own = [kwargs.pop(name) for name in OWN_ARGUMENTS[:2] if name in kwargs and name not in taken]
-        self.prompt_modality = next((ids for ids in own if ids is not None), None)
-        self.prompt_length = prompt.shape[1] if isinstance(prompt, Tensor) else None
+        kinds = None if "mm_token_type_ids" in _positional(model) else kwargs.pop("mm_token_type_ids", None)
+        if kinds is not None:
+            kwargs.setdefault("modality_ids", from_processor(kinds, self.tokens))
+        outer, self.prompt = self.prompt, Prompt.take(args, kwargs)
+        if is_filled(kwargs.get("past_key_values")) and (self.prompt.modality_ids, self.prompt.context) != (None, None):
+            raise ModaValueError("modality_ids and moda_context describe a prompt; past_key_values holds one already")
         try:
-            return type(llava).generate(llava, *args, **kwargs)
+            return type(vision_language).generate(vision_language, *args, **kwargs)
         finally:
-            self.prompt_length = self.prompt_modality = None
+            self.prompt = outer
 
 
-def _of_this_call(prompt: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """The modality ids (B, n) of one forward call inside `generate`: the prompt's, then text."""
-    new = arguments.get("input_ids")
-    new = arguments["inputs_embeds"] if new is None else new
-    start = int(past_length(arguments.get("past_key_values")))
-    rows, count = new.shape[0], new.shape[1]
-    if rows % prompt.shape[0]:
-        raise ModaValueError(f"modality_ids has {prompt.shape[0]} rows for a batch of {rows}")
-    # Beams and several samples of one prompt are neighbours.
-    prompt = prompt.repeat_interleave(rows // prompt.shape[0], dim=0).to(new.device)
-    text = prompt.new_full((rows, max(start + count - prompt.shape[1], 0)), TEXT)
-    return torch.cat([prompt, text], dim=1)[:, start : start + count]
+def _positional(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments that a module's forward takes by position."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in positional)
+
+
+def refuse_continuous_batching(name: str, *_: Any, **__: Any) -> None:
+    """Stands before the entry points of continuous batching.
+
+    Raises:
+        ModaValueError: always. Its rows share one paged sequence and its prompts come in pieces, where bases and
+            positions are a row's own and need the whole prompt.
+    """
+    raise ModaValueError(
+        f"{name} is not supported on a patched model: continuous batching cuts prompts into pieces and packs them into "
+        "one row, the bases need whole prompts; use generate with a padded batch"
+    )
 
 
 def _positions(arguments: dict[str, Any], count: int) -> Tensor | None:
@@ -151,4 +159,4 @@ def _positions(arguments: dict[str, Any], count: int) -> Tensor | None:
     mask = arguments.get("attention_mask")
     if arguments.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
+    return new_columns((mask.long().cumsum(-1) - 1).clamp(min=0), arguments.get("past_key_values"), count)

@@ -50,9 +50,21 @@ class Structure:
         stack: Any = model.get_submodule(f"{self.decoder}.{self.stack}".lstrip("."))
         return {index: cast("TextAttention", getattr(stack[index], self.attention)) for index in self.layers}
 
+    def others(self, model: nn.Module) -> list[Any]:
+        """The modules of the layers that cannot be patched that read the decoder's configuration when they attend."""
+        stack: Any = model.get_submodule(f"{self.decoder}.{self.stack}".lstrip("."))
+        found = [module for index in self.skipped for module in stack[index].modules()]
+        kind = type(self.decoder_of(model).config)
+        return [module for module in found if type(getattr(module, "config", None)) is kind]
+
     def decoder_of(self, model: nn.Module) -> nn.Module:
         """The text decoder."""
         return model.get_submodule(self.decoder)
+
+
+def _takes_keywords(module: nn.Module) -> bool:
+    kinds = (parameter.kind for parameter in inspect.signature(module.forward).parameters.values())
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def find_structure(model: object) -> Structure:
@@ -72,7 +84,8 @@ def find_structure(model: object) -> Structure:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ModaValueError(f"{name} is not supported; wanted a transformers.PreTrainedModel with {SEAM}")
-    found, reasons = [], set()
+    found: list[tuple[str, str, str, tuple[int, ...], dict[int, str]]] = []
+    reasons: set[str] = set()
     for path, module in model.named_modules():
         for stack, layers in module.named_children():
             if isinstance(layers, nn.ModuleList):
@@ -87,6 +100,12 @@ def find_structure(model: object) -> Structure:
         paths = ", ".join(f"{path}.{stack}" for path, stack, *_ in found)
         raise ModaValueError(f"{name} is not supported: it has {len(found)} decoders, {paths}; wanted one")
     path, stack, attention, eligible, skipped = found[0]
+    for owner in (*_owners(model, path), path):
+        if not _takes_keywords(model.get_submodule(owner)):
+            raise ModaValueError(
+                f"{name} is not supported: the forward of {owner or name} takes no further keyword arguments, "
+                "in which modality ids could reach the layers"
+            )
     return Structure(path, stack, attention, eligible, skipped, _owners(model, path), _text_config(model, path))
 
 
@@ -97,7 +116,8 @@ def _survey(layers: nn.ModuleList) -> tuple[str, tuple[int, ...], dict[int, str]
     for index, layer in enumerate(layers):
         reasons = []
         for name, child in layer.named_children():
-            reason = _why_no_seam(type(child))
+            kind: Any = type(child)
+            reason = _why_no_seam(kind)
             if reason is None:
                 if getattr(child, "layer_idx", None) != index:
                     reason = f"its layer_idx is {getattr(child, 'layer_idx', None)}, wanted {index}"
@@ -121,9 +141,9 @@ _CROSS = ("cross_attention_states", "encoder_hidden_states", "key_value_states")
 
 
 @functools.cache
-def _why_no_seam(cls: type) -> str | None:
+def _why_no_seam(cls: Any) -> str | None:
     """Why the attention class `cls` has no seam: None where it has, "" where it does not even take a cache."""
-    forward = inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
+    forward = inspect.unwrap(cls.forward)
     try:
         arguments = inspect.signature(forward).parameters
     except (TypeError, ValueError):
