@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._checks import compute_dtype
 from ..config import ModaConfig
@@ -16,9 +16,11 @@ from ..errors import ModaRuntimeError, ModaTypeError, ModaValueError
 from ..layer import ModaLayer
 from .attention import patch_attention, refuse_foreign_forward, unpatch_attention
 from .interface import NAME, register
+from .placement import home_of
 from .registry import family_of
 from .runtime import Runtime
 from .structure import Structure, find_structure
+from .wrappers import refuse_removal
 
 if TYPE_CHECKING:
     from .._typing import PatchedAttention, TextAttention, VisionLanguageModel
@@ -116,11 +118,13 @@ def remove(model: nn.Module) -> None:
     """Undo :func:`apply`: classes, hooks, attention implementation and parameters are those from before, bit for bit.
 
     Raises:
-        ModaValueError: the model is not patched.
+        ModaValueError: the model is not patched, or PEFT or FSDP holds the parameters.
     """
     runtime = runtime_of(model)
     if runtime is None:
         raise ModaValueError(f"{type(model).__name__} is not patched; nothing to remove")
+    if runtime.config is not None:
+        refuse_removal(model, moda_layers(model).values())
     for module in runtime.structure.attentions(model).values():
         unpatch_attention(module)
     for module in runtime.structure.others(model):
@@ -206,9 +210,10 @@ def _install(
 
 def _new_layer(config: ModaConfig, attention: TextAttention) -> ModaLayer:
     """Fresh parameters for one attention module, on its device; float32, or float64 for a float64 model."""
-    weight = next(attention.parameters())
-    if weight.device.type == "meta":
-        raise ModaValueError("the model's weights are on the meta device: load them first, then apply")
+    # Any module with weights tells where and in which precision the attention computes; not all have a k_proj.
+    projection = cast(
+        nn.Linear, next(part for part in attention.modules() if isinstance(getattr(part, "weight", None), Tensor))
+    )
     text = attention.config
     heads = text.num_attention_heads
     return ModaLayer(
@@ -216,8 +221,8 @@ def _new_layer(config: ModaConfig, attention: TextAttention) -> ModaLayer:
         heads,
         getattr(text, "num_key_value_heads", None) or heads,
         getattr(attention, "head_dim", None) or text.hidden_size // heads,
-        dtype=compute_dtype(weight.dtype),
-        device=weight.device,
+        dtype=compute_dtype(projection.weight.dtype),
+        device=home_of(projection),
     )
 
 

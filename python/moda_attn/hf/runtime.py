@@ -17,6 +17,7 @@ from .memory import is_filled
 from .prompt import Prompt
 from .registry import Family, MediaTokens
 from .structure import Structure
+from .wrappers import refuse_lost_parameters
 
 if TYPE_CHECKING:
     from .._typing import VisionLanguageModel
@@ -59,6 +60,10 @@ class Runtime:
         self.handles.append(owners[-1].register_forward_hook(self.after_forward, with_kwargs=True))
         if hasattr(model, "generate"):
             vars(model)["generate"] = functools.partial(self.generate, model)
+        if self.config is not None and hasattr(model, "save_pretrained"):
+            from .io import save_beside
+
+            vars(model)["save_pretrained"] = functools.partial(save_beside, model)
         for name in REFUSED:
             if hasattr(model, name):
                 vars(model)[name] = functools.partial(refuse_continuous_batching, name)
@@ -68,7 +73,7 @@ class Runtime:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        for name in ("generate", *REFUSED):
+        for name in ("generate", "save_pretrained", *REFUSED):
             vars(model).pop(name, None)
 
     def before_forward(
@@ -80,6 +85,9 @@ class Runtime:
         """
         if kwargs.get("moda_call") is not None:
             return None
+        training = module.training and torch.is_grad_enabled()
+        if training and vars(module).get("moda_runtime") is self and not torch.compiler.is_compiling():
+            self._refuse_lost_parameters(module)
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if name in kwargs}
         # Some families take mm_token_type_ids themselves.
         kwargs = {name: value for name, value in kwargs.items() if name not in own or name in names}
@@ -94,7 +102,7 @@ class Runtime:
             arguments,
             self.tokens,
             context="all" if self.config is None else self.config.context,
-            training=module.training and torch.is_grad_enabled(),
+            training=training,
             prompt_length=None if prompt is None else prompt.length,
         )
         kwargs["moda_call"] = call
@@ -104,6 +112,11 @@ class Runtime:
             if positions is not None:
                 kwargs["position_ids"] = positions + first
         return args, kwargs
+
+    def _refuse_lost_parameters(self, model: nn.Module) -> None:
+        from .patch import moda_layers
+
+        refuse_lost_parameters(model, moda_layers(model).values())
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Raise when a layer was passed by: a wrapper that hides the patched class would be a silent no-op."""
