@@ -17,6 +17,10 @@ from transformers import (
     MistralConfig,
 )
 
+from perturb import randomise
+
+__all__ = ["FAMILIES", "IMAGE", "PAD", "VOCABULARY", "build", "inputs", "randomise"]
+
 IMAGE, PAD, VOCABULARY = 63, 0, 64
 FAMILIES = ("llava-llama", "llava-mistral", "llava-next-llama", "llava-next-mistral")
 
@@ -67,15 +71,6 @@ def _template(family: str) -> nn.Module:
 def build(family: str = "llava-llama", dtype: torch.dtype = torch.float32) -> nn.Module:
     """A fresh copy of the family's tiny model in evaluation mode; always the same weights."""
     return copy.deepcopy(_template(family)).to(dtype)
-
-
-def randomise(model: nn.Module, scale: float = 0.3) -> None:
-    """Move every MODA parameter away from its start, so that its effect shows."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".moda." in name:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def inputs(family: str, rows: str | list[str], pad: str = "left") -> dict[str, Tensor]:

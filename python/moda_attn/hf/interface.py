@@ -11,12 +11,11 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from ..errors import ModaRuntimeError, ModaValueError
 from ..layer import attend
+from .names import NAME
 from .seam import CacheSeam
 
 if TYPE_CHECKING:
     from .._typing import PatchedAttention
-
-NAME = "moda"
 
 
 def moda_attention(

@@ -13,8 +13,9 @@ from .._checks import compute_dtype
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaTypeError, ModaValueError
 from ..layer import ModaLayer
-from .attention import patch_attention, unpatch_attention
-from .interface import NAME, register
+from .attention import patch_attention, patched_class, unpatch_attention
+from .legacy import LegacyFamily, LegacyRuntime, legacy_patched
+from .names import NAME
 from .registry import Family, family_of
 from .runtime import Runtime
 
@@ -159,14 +160,21 @@ def _uses_kernel(config: ModaConfig, attention: str | None) -> bool:
 def _install(
     model: nn.Module, family: Family, config: ModaConfig | None, layers: dict[int, ModaLayer], *, use_kernel: bool
 ) -> Runtime:
-    register()
     attentions = family.attentions(model)
-    image_token = getattr(model.config, family.image_token)
-    runtime = Runtime(family, config, image_token, len(attentions), _get_attention(model, family))
+    old = _get_attention(model, family)
+    if isinstance(family, LegacyFamily):
+        runtime: Runtime
+        runtime, subclass = LegacyRuntime.of(family, config, len(attentions), old), legacy_patched
+    else:
+        from .interface import register  # what it registers with, transformers 4.37 does not have
+
+        register()
+        image_token = getattr(model.config, family.image_token)
+        runtime, subclass = Runtime(family, config, image_token, len(attentions), old), patched_class
     if use_kernel:
         _set_attention(model, family, NAME)
     for index, module in enumerate(attentions):
-        patch_attention(module, layers.get(index), runtime)
+        patch_attention(module, layers.get(index), runtime, subclass)
     runtime.connect(model)
     setattr(model, _RUNTIME, runtime)
     return runtime
@@ -195,7 +203,7 @@ def _get_attention(model: nn.Module, family: Family) -> str:
 
 def _set_attention(model: nn.Module, family: Family, name: str) -> None:
     if _get_attention(model, family) != name:
-        cast("VisionLanguageModel", model).set_attn_implementation({family.text_config: name})
+        family.set_attention(model, name)
     if _get_attention(model, family) != name:
         raise ModaRuntimeError(f"{family.model} did not accept the attention implementation {name!r}")
 

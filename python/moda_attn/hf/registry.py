@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import ModaTypeError, ModaValueError
 
 if TYPE_CHECKING:
-    from .._typing import TextAttention
+    from .._typing import TextAttention, VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Family:
                 raise ModaValueError(f"{self.model} with text attention {type(attention).__name__}; wanted {wanted}")
         return attentions
 
+    def set_attention(self, model: nn.Module, name: str) -> None:
+        """Have the text decoder, and it alone, use the attention implementation `name`."""
+        cast("VisionLanguageModel", model).set_attn_implementation({self.text_config: name})
+
 
 FAMILIES = {
     family.model: family
@@ -69,11 +73,16 @@ def family_of(model: object) -> Family:
     """
     if not isinstance(model, nn.Module):
         raise ModaTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    from .legacy.family import legacy_family  # whose class derives from ours
+
     if hasattr(model, "peft_config"):
         raise ModaValueError(
             "the model is wrapped by PEFT, which would not save MODA weights: apply first, then wrap it with "
             'modules_to_save=["moda"]'
         )
+    legacy = legacy_family(model)
+    if legacy is not None:
+        return legacy
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
