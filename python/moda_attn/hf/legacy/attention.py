@@ -43,7 +43,7 @@ def legacy_patched(cls: type) -> type:
                     f"the attention implementation was set to {implementation!r} after the patch, which would drop the "
                     f'modular mask; set it back to "{NAME}", or call moda_attn.remove'
                 )
-            cache.call.entered.add(self.layer_idx)
+            cache.call.entered.layers.add(self.layer_idx)
             seam = LegacySeam(self.moda, cache)
             if implementation == NAME:
                 if output_attentions:

@@ -38,13 +38,18 @@ class LegacyRuntime(Runtime):
         return cls(family, config, image_token=-1, layers=layers, attention=attention)
 
     def connect(self, model: nn.Module) -> None:
-        """Stand before `generate` and the method that merges images and text, and hook the decoder."""
+        """Stand before the methods that merge, generate and save, and hook the model and its decoder."""
         decoder = model.get_submodule(self.family.decoder)
+        self.handles.append(model.register_forward_pre_hook(self.before_model))
         self.handles.append(decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True))
         self.handles.append(decoder.register_forward_hook(self.after_forward, with_kwargs=True))
         # Partials of bound methods: a deep copy of the model gets its own.
         vars(model)[PREPARE] = functools.partial(self.prepare, model)
         vars(model)["generate"] = functools.partial(self.generate, model)
+        if self.config is not None:
+            from ..io import save_beside
+
+            vars(model)["save_pretrained"] = functools.partial(save_beside, model)
 
     def disconnect(self, model: nn.Module) -> None:
         """Undo :meth:`connect`."""
@@ -65,10 +70,14 @@ class LegacyRuntime(Runtime):
         finally:
             self.prepared, self.generating = None, False
 
-    def before_forward(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before_model(self, module: nn.Module, args: tuple) -> None:
+        """Raise in a training step that would leave MODA's parameters behind."""
+        if self.config is not None and module.training and torch.is_grad_enabled():
+            self._refuse_lost_parameters(module)
+
+    def before_forward(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:  # type: ignore[override]
         """Give the decoder a cache that says what every layer must know about the tokens."""
         arguments = _named(module, args, kwargs)
-        call, merged = self._describe(module, arguments)
         cache = arguments.get("past_key_values")
         if cache is None:
             cache = cache_class(llama_namespace(module.layers[0].self_attn)["DynamicCache"])()
@@ -79,6 +88,7 @@ class LegacyRuntime(Runtime):
                 "unknown. Give the one that the model returned; of generate's modes that make their own (contrastive "
                 "search, assisted decoding) none works, greedy decoding, sampling and beam search do"
             )
+        call, merged = self._describe(module, arguments | {"past_key_values": cache})
         cached = cache.states.get(0)
         if cached is not None and merged and self.config is not None and self.config.needs_basis:
             raise ModaValueError(
@@ -115,6 +125,7 @@ class LegacyRuntime(Runtime):
             "inputs_embeds": tokens,
             "modality_ids": torch.full(tokens.shape[:2], TEXT, device=tokens.device) if modality is None else modality,
             "attention_mask": arguments.get("attention_mask"),
+            "past_key_values": arguments["past_key_values"],
             "labels": None if prepared is None else prepared.labels,
         }
         call = describe_call(
