@@ -4,7 +4,7 @@ Nothing of theirs is imported. What differs from newer models: keyword arguments
 sequence is built inside ``prepare_inputs_labels_for_multimodal``, and attention is not pluggable.
 
 =============  =====================================================================================
-``family``     recognises a model and finds its attention modules
+``structure``  recognises a model and finds its attention modules
 ``tokens``     which position of the merged sequence is image, text or padding
 ``cache``      the key/value cache that carries ids and bases to every layer, and the seam before it
 ``attention``  one patched attention module
@@ -15,7 +15,7 @@ sequence is built inside ``prepare_inputs_labels_for_multimodal``, and attention
 from __future__ import annotations
 
 from .attention import legacy_patched
-from .family import LegacyFamily
 from .runtime import LegacyRuntime
+from .structure import LegacyStructure
 
-__all__ = ["LegacyFamily", "LegacyRuntime", "legacy_patched"]
+__all__ = ["LegacyRuntime", "LegacyStructure", "legacy_patched"]

@@ -11,7 +11,7 @@ from ...errors import ModaRuntimeError, ModaValueError
 from ...layer import attend
 from ..names import NAME
 from .cache import LegacySeam
-from .family import llama_namespace
+from .structure import llama_namespace
 
 if TYPE_CHECKING:
     from ..._typing import LegacyAttention

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import TEXT, ModaConfig
+from ...config import TEXT
 from ...errors import ModaRuntimeError, ModaValueError
 from ..ids import ModaCall, describe_call
-from ..registry import Family
 from ..runtime import Runtime
 from .cache import cache_class
-from .family import PREPARE, llama_namespace
+from .structure import PREPARE, llama_namespace
 from .tokens import Prepared, prepare
 
 
@@ -32,14 +31,9 @@ class LegacyRuntime(Runtime):
     prepared: Prepared | None = None
     generating: bool = False
 
-    @classmethod
-    def of(cls, family: Family, config: ModaConfig | None, layers: int, attention: str) -> LegacyRuntime:
-        """For a model whose image positions do not come from a token id."""
-        return cls(family, config, image_token=-1, layers=layers, attention=attention)
-
     def connect(self, model: nn.Module) -> None:
         """Stand before the methods that merge, generate and save, and hook the model and its decoder."""
-        decoder = model.get_submodule(self.family.decoder)
+        decoder = self.structure.decoder_of(model)
         self.handles.append(model.register_forward_pre_hook(self.before_model))
         self.handles.append(decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True))
         self.handles.append(decoder.register_forward_hook(self.after_forward, with_kwargs=True))
@@ -130,7 +124,7 @@ class LegacyRuntime(Runtime):
         }
         call = describe_call(
             known,
-            self.image_token,
+            self.tokens,
             context="all" if self.config is None else self.config.context,
             training=decoder.training and torch.is_grad_enabled(),
             prompt_length=None,

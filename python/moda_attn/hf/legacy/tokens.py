@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...config import PADDING, TEXT, VISION
 from ...errors import ModaRuntimeError, ModaValueError
-from .family import PREPARE, PREPARED
+from .structure import PREPARE, PREPARED
 
 #: The label that a loss skips, in every code base of this kind.
 IGNORED = -100

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from torch import nn
 
 from ...errors import ModaValueError
-from ..registry import Family
-
-if TYPE_CHECKING:
-    from ..._typing import TextAttention
+from ..structure import Structure
 
 #: The method of these code bases that puts image features between the text embeddings.
 PREPARE = "prepare_inputs_labels_for_multimodal"
@@ -28,48 +24,37 @@ _OWN_ARGUMENTS = ("hidden_states", "attention_mask", "position_ids", "past_key_v
 _PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "rotary_emb")
 
 
-@dataclass(frozen=True)
-class LegacyFamily(Family):
-    """A model of the original code: its decoder is a Llama model of transformers 4.37."""
-
-    decoder: str = "model"
-
-    def attentions(self, model: nn.Module) -> list[TextAttention]:
-        """The decoder's attention modules in layer order.
-
-        Raises:
-            ModaValueError: an attention that is not the one of transformers 4.37.
-        """
-        attentions = [layer.self_attn for layer in getattr(model.get_submodule(self.decoder), "layers", ())]
-        if not attentions:
-            raise ModaValueError(f"{self.model}: {self.decoder} has no layer with self_attn; nothing to patch")
-        for attention in attentions:
-            _check(self.model, attention)
-        return cast("list[TextAttention]", attentions)
+class LegacyStructure(Structure):
+    """Of a model of the original code: its decoder is a Llama model of transformers 4.37."""
 
     def set_attention(self, model: nn.Module, name: str) -> None:
         """Note the attention implementation in the decoder's configuration; the patched modules read it there."""
-        config: Any = model.get_submodule(self.decoder).config
+        config: Any = self.decoder_of(model).config
         config._attn_implementation = name
 
 
-def legacy_family(model: nn.Module) -> LegacyFamily | None:
-    """The row of a model of the original code; None for any other model.
+def legacy_structure(model: nn.Module) -> LegacyStructure | None:
+    """Where a model of the original code keeps its attention; None for any other model.
 
     Raises:
-        ModaValueError: the method that merges images and text is there, but has other arguments than expected.
+        ModaValueError: the method that merges images and text is there, but has other arguments than expected, or the
+            attention is not the one of transformers 4.37.
     """
-    prepare = getattr(model, PREPARE, None)
+    name, prepare = type(model).__name__, getattr(model, PREPARE, None)
     if not callable(prepare):
         return None
     if PREPARE in vars(model):
-        raise ModaValueError(
-            f"{type(model).__name__} has a {PREPARE} on the instance, another patch's: undo that first"
-        )
+        raise ModaValueError(f"{name} has a {PREPARE} on the instance, another patch's: undo that first")
     missing = {*PREPARED, "images"} - {"inputs_embeds"} - set(inspect.signature(prepare).parameters)
     if missing:
-        raise ModaValueError(f"{type(model).__name__}.{PREPARE} takes no {', '.join(sorted(missing))}")
-    return LegacyFamily(type(model).__name__)
+        raise ModaValueError(f"the {PREPARE} of {name} takes no {', '.join(sorted(missing))}")
+    decoder = getattr(model, "model", None)
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise ModaValueError(f"{name} has {PREPARE}, but no decoder layers at model.layers")
+    for layer in layers:
+        _check(name, layer.self_attn)
+    return LegacyStructure("model", "layers", "self_attn", tuple(range(len(layers))))
 
 
 def llama_namespace(attention: nn.Module) -> dict[str, Any]:
