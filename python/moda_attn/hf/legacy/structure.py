@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -53,7 +53,7 @@ def legacy_structure(model: nn.Module) -> LegacyStructure | None:
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ModaValueError(f"{name} has {PREPARE}, but no decoder layers at model.layers")
     for layer in layers:
-        _check(name, layer.self_attn)
+        _check(name, cast("nn.Module", layer.self_attn))
     return LegacyStructure("model", "layers", "self_attn", tuple(range(len(layers))))
 
 
