@@ -95,3 +95,28 @@ def attend(
     if return_mass:
         return F.modular_attention(query, key, value, state.modality, return_mass=True, **options)
     return F.modular_attention(query, key, value, state.modality, **options), None
+
+
+def attention_weights(
+    layer: ModaLayer | None,
+    query: Tensor,
+    key: Tensor,
+    state: LayerState,
+    *,
+    scale: float,
+    queries: Queries | None = None,
+) -> Tensor:
+    """The weights of every key in :func:`attend`, (B, Hq, Nq, N): for looking at, as they take N times the memory.
+
+    A row sums to one less what its pseudo-scores take. They come from the kernel itself: attention to values that are
+    columns of the identity, D keys at a time.
+    """
+    batch, heads, length, dim = key.shape
+    blocks = []
+    for first in range(0, length, dim):
+        width = min(dim, length - first)
+        value = key.new_zeros(length, dim)
+        value[first : first + width, :width].fill_diagonal_(1)
+        value = value.expand(batch, heads, length, dim)
+        blocks.append(attend(layer, query, key, value, state, scale=scale, queries=queries)[0][..., :width])
+    return torch.cat(blocks, dim=-1)

@@ -34,11 +34,13 @@ class ModaCall:
         modality: (B, n), of the n new tokens: 0 text, 1 vision, -1 padding.
         context: (B, n) bool, the tokens that may feed a basis; None for all that are no padding.
         entered: the layers that ran.
+        weights: the caller wants the attention weights too (`output_attentions`).
     """
 
     modality: Tensor
     context: Tensor | None
     entered: Entered = field(default_factory=Entered)
+    weights: bool = False
 
 
 def describe_call(

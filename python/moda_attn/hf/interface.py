@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from ..errors import ModaRuntimeError, ModaValueError
-from ..layer import attend
+from ..layer import attend, attention_weights
 from .seam import CacheSeam
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def moda_attention(
     dropout: float = 0.0,
     moda_seam: CacheSeam | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Modular attention of one patched module; padding comes with the modality ids, causality is its own.
 
     Args:
@@ -38,7 +38,7 @@ def moda_attention(
         moda_seam: of this call; holds the parameters and the modality of all keys.
 
     Returns:
-        (B, n, Hq, D), and None for the attention weights, which are never formed.
+        (B, n, Hq, D), and the attention weights (B, Hq, n, N) where the call asks for `output_attentions`, else None.
     """
     if moda_seam is None or moda_seam.state is None or moda_seam.queries is None:
         raise ModaRuntimeError(
@@ -73,7 +73,10 @@ def moda_attention(
     )
     if recorder is not None and mass is not None:
         recorder.add(patched.layer_idx, mass, queries.modality)
-    return result.transpose(1, 2).contiguous(), None
+    weights = None
+    if moda_seam.call.weights:
+        weights = attention_weights(moda_seam.layer, query, key, state, scale=scaling, queries=queries)
+    return result.transpose(1, 2).contiguous(), weights
 
 
 def moda_mask(

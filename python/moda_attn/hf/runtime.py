@@ -94,6 +94,8 @@ class Runtime:
             training=module.training and torch.is_grad_enabled(),
             prompt_length=None if prompt is None else prompt.length,
         )
+        wanted = arguments.get("output_attentions")
+        call.weights = bool(getattr(module.config, "output_attentions", False) if wanted is None else wanted)
         kwargs["moda_call"] = call
         positions = _positions(arguments, call.modality.shape[1])
         if positions is not None and self.config is not None:
