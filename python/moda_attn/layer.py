@@ -36,6 +36,7 @@ class ModaLayer(nn.Module):
         super().__init__()
         where: dict[str, Any] = {"dtype": dtype, "device": device}
         self.config = config
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.aligner = DuplexAligner(config, head_dim, **where)
         self.mask = ModularMask(config, num_heads, num_kv_heads, head_dim, **where) if config.mask != "none" else None
         self.prior = LocationPrior(num_heads, **where) if config.location_prior else None

@@ -10,6 +10,7 @@ from torch import nn
 
 import moda_attn
 import tiny
+from moda_attn.errors import ModaValueError
 from moda_attn.hf import record_mass
 
 X = tiny.inputs("llava-llama", ["TTITTT", "TIT"])
@@ -43,14 +44,19 @@ def test_a_module_with_accelerates_hook_is_patched_and_restored():
     assert hasattr(model.model.language_model.layers[0].self_attn, "_hf_hook")
 
 
-def test_offloaded_parameters_are_fetched(tmp_path: Path):
+def test_offloaded_parameters_are_fetched_to_compute_and_to_save(tmp_path: Path):
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     model = patched()
     expected = logits(model)
     model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert torch.equal(logits(model), expected)
-    with pytest.raises(moda_attn.errors.ModaValueError, match="offloaded"):
-        moda_attn.save_pretrained(model, tmp_path)
+    moda_attn.save_pretrained(model, tmp_path)
+    fresh = tiny.build()
+    moda_attn.load_pretrained(fresh, tmp_path)
+    assert torch.equal(logits(fresh), expected)
+    with pytest.raises(ModaValueError, match="load the weights first, then offload"):
+        moda_attn.load_pretrained(model, tmp_path)
+    assert torch.equal(logits(model), expected)
 
 
 def test_peft_trains_saves_and_reloads_the_parameters(tmp_path: Path):
@@ -77,5 +83,5 @@ def test_peft_trains_saves_and_reloads_the_parameters(tmp_path: Path):
     moda_attn.apply(base)
     again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.equal(logits(again), logits(wrapped))
-    with pytest.raises(moda_attn.errors.ModaValueError, match="PEFT"):
+    with pytest.raises(ModaValueError, match="PEFT"):
         moda_attn.apply(peft.get_peft_model(tiny.build(), peft.LoraConfig(target_modules=["q_proj"])))

@@ -15,6 +15,7 @@ from ..errors import ModaRuntimeError, ModaTypeError, ModaValueError
 from ..layer import ModaLayer
 from .attention import patch_attention, refuse_foreign_forward, unpatch_attention
 from .interface import NAME, register
+from .placement import home_of
 from .registry import Family, family_of
 from .runtime import Runtime
 
@@ -176,17 +177,14 @@ def _install(
 
 def _new_layer(config: ModaConfig, attention: TextAttention) -> ModaLayer:
     """Fresh parameters for one attention module, on its device; float32, or float64 for a float64 model."""
-    weight = attention.k_proj.weight
-    if weight.device.type == "meta":
-        raise ModaValueError("the model's weights are on the meta device: load them first, then apply")
     text = attention.config
     return ModaLayer(
         config,
         text.num_attention_heads,
         text.num_key_value_heads,
         attention.head_dim,
-        dtype=compute_dtype(weight.dtype),
-        device=weight.device,
+        dtype=compute_dtype(attention.k_proj.weight.dtype),
+        device=home_of(attention.k_proj),
     )
 
 

@@ -57,6 +57,10 @@ class Runtime:
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self.handles.append(core.register_forward_hook(self.after_forward, with_kwargs=True))
         vars(model)["generate"] = functools.partial(self.generate, model)
+        if self.config is not None:
+            from .io import save_beside
+
+            vars(model)["save_pretrained"] = functools.partial(save_beside, model)
         for name in REFUSED:
             if hasattr(model, name):
                 vars(model)[name] = functools.partial(refuse_continuous_batching, name)
@@ -66,7 +70,7 @@ class Runtime:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        for name in ("generate", *REFUSED):
+        for name in ("generate", "save_pretrained", *REFUSED):
             vars(model).pop(name, None)
 
     def before_forward(
