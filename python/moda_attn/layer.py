@@ -72,7 +72,7 @@ def attend(
     queries: Queries | None = None,
     return_mass: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Modular causal attention of Nq tokens to N.
+    """Modular attention of Nq tokens to N, causal unless the queries say which keys they see.
 
     Args:
         layer: the layer's parameters; None for plain attention.
@@ -87,6 +87,8 @@ def attend(
     """
     queries = state.queries(query.shape[2]) if queries is None else queries
     options: dict[str, Any] = {"scale": scale, "query_modality": queries.modality}
+    if queries.key_range is not None:
+        options |= {"key_range": queries.key_range, "is_causal": False}
     if layer is not None:
         options["combine"] = layer.config.combine
         if layer.mask is not None:

@@ -39,7 +39,7 @@ class ModaCall:
 
     modality: Tensor
     context: Tensor | None
-    entered: Entered = field(default_factory=Entered)
+    entered: Entered = field(default_factory=lambda: Entered())  # torch.compile cannot trace the bare class here
     weights: bool = False
 
 
