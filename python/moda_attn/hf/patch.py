@@ -18,6 +18,7 @@ from .interface import NAME, register
 from .placement import home_of
 from .registry import Family, family_of
 from .runtime import Runtime
+from .wrappers import refuse_removal
 
 if TYPE_CHECKING:
     from .._typing import PatchedAttention, TextAttention, VisionLanguageModel
@@ -100,11 +101,13 @@ def remove(model: nn.Module) -> None:
     """Undo :func:`apply`: classes, hooks, attention implementation and parameters are those from before, bit for bit.
 
     Raises:
-        ModaValueError: the model is not patched.
+        ModaValueError: the model is not patched, or PEFT or FSDP holds the parameters.
     """
     runtime = runtime_of(model)
     if runtime is None:
         raise ModaValueError(f"{type(model).__name__} is not patched; nothing to remove")
+    if runtime.config is not None:
+        refuse_removal(model, moda_layers(model).values())
     for module in runtime.family.attentions(model):
         unpatch_attention(module)
     runtime.disconnect(model)

@@ -16,6 +16,7 @@ from .ids import OWN_ARGUMENTS, describe_call, new_columns, refuse_late_images
 from .memory import is_filled
 from .prompt import Prompt
 from .registry import Family
+from .wrappers import refuse_lost_parameters
 
 if TYPE_CHECKING:
     from .._typing import VisionLanguageModel
@@ -82,6 +83,9 @@ class Runtime:
         """
         if kwargs.get("moda_call") is not None:
             return None
+        training = module.training and torch.is_grad_enabled()
+        if training and vars(module).get("moda_runtime") is self and not torch.compiler.is_compiling():
+            self._refuse_lost_parameters(module)
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if name in kwargs}
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
         arguments = {**dict(zip(names, args, strict=False)), **kwargs, **own}
@@ -95,7 +99,7 @@ class Runtime:
             arguments,
             self.image_token,
             context="all" if self.config is None else self.config.context,
-            training=module.training and torch.is_grad_enabled(),
+            training=training,
             prompt_length=None if prompt is None else prompt.length,
         )
         wanted = arguments.get("output_attentions")
@@ -105,6 +109,11 @@ class Runtime:
         if positions is not None and self.config is not None:
             kwargs["position_ids"] = positions
         return args, kwargs
+
+    def _refuse_lost_parameters(self, model: nn.Module) -> None:
+        from .patch import moda_layers
+
+        refuse_lost_parameters(model, moda_layers(model).values())
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Raise when a layer was passed by: a wrapper that hides the patched class would be a silent no-op."""
