@@ -92,7 +92,7 @@ def moda_mask(
     batch_size: int,
     kv_length: int,
     kv_offset: int = 0,
-    q_length: int | None = None,
+    q_length: int = 0,
     q_offset: int | Tensor = 0,
     cache_position: Tensor | None = None,
     mask_function: Callable = causal_mask_function,

@@ -21,9 +21,9 @@ _CHUNK = 1 << 22
 
 
 class Keys(NamedTuple):
-    """The keys that attention is given: `count` of them from position `offset` on."""
+    """The keys that attention is given: `length` of them from position `offset` on."""
 
-    count: int
+    length: int
     offset: int
 
 
@@ -52,7 +52,7 @@ def key_range(
     Raises:
         ModaValueError: a query sees real keys before and after a real key that it does not see.
     """
-    real = None if padding_mask is None else _columns(padding_mask, keys.offset, keys.count, queries.device)
+    real = None if padding_mask is None else _columns(padding_mask, keys.offset, keys.length, queries.device)
     window = window_of(mask_function)
     if window is None:
         ranges = _looked_at(mask_function, queries, keys, real, batch, use_vmap)
@@ -96,8 +96,8 @@ def _looked_at(
     mask_function: Callable, queries: Tensor, keys: Keys, real: Tensor | None, batch: int, use_vmap: bool
 ) -> Tensor:
     """The intervals (B, n, 2) of any function: it is evaluated, some queries at a time."""
-    columns = torch.arange(keys.count, device=queries.device) + keys.offset
-    rows = max(_CHUNK // max(batch * keys.count, 1), 1)
+    columns = torch.arange(keys.length, device=queries.device) + keys.offset
+    rows = max(_CHUNK // max(batch * keys.length, 1), 1)
     before = None if real is None else torch.nn.functional.pad(real.long().cumsum(-1), (1, 0))
     chunks = []
     for chunk in queries.split(rows):
@@ -106,7 +106,7 @@ def _looked_at(
             visible = visible & real[:, None]
         seen = visible.sum(-1)
         first = visible.to(torch.uint8).argmax(-1)
-        last = torch.where(seen > 0, keys.count - visible.flip(-1).to(torch.uint8).argmax(-1), 0)
+        last = torch.where(seen > 0, keys.length - visible.flip(-1).to(torch.uint8).argmax(-1), 0)
         inside = last - first if before is None else before.gather(1, last) - before.gather(1, first)
         _refuse_gaps((inside != seen) & (seen > 0), chunk)
         chunks.append(torch.stack([first, last], dim=-1))
