@@ -99,7 +99,9 @@ def test_attention_at_notable_lengths(length: int, is_causal: bool, combine: str
     options = {"is_causal": is_causal, "combine": combine, "sink": "plain", "bias": "plain"}
     case = Case(length=length, heads=2 if length > 500 else 8, modalities=3, padding="left", dim=40, **options)
     problem = attention_problem(case, dtype)
-    check("modular_attention", problem, dtype, beside_eager=length >= 63, return_mass=True)
+    # How well eager does on one small problem is luck: float32 problems of that size are pooled further down.
+    enough = 111 if dtype == torch.float32 else 63
+    check("modular_attention", problem, dtype, beside_eager=length >= enough, return_mass=True)
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)

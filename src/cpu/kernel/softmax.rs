@@ -207,22 +207,21 @@ unsafe fn highest<S: Simd>(s: S, span: Span<S::Real>) -> S::Vector {
 #[inline(always)]
 unsafe fn weigh<D: Dot>(d: D, span: Span<D::Real>, top: D::Real) -> Sums<D::Real> {
     let s = d.simd();
-    let tops = s.splat(top);
     // SAFETY: the same contract; tables cover whole registers.
     unsafe {
         match span.added {
             Added::Same(added) => {
-                let added = s.splat(added - top);
+                let added = s.splat(added);
                 match span.own {
-                    None => weigh_with::<D, false>(d, span, |_| added),
-                    Some(_) => weigh_with::<D, true>(d, span, |_| added),
+                    None => weigh_with::<D, false>(d, span, top, |_| added),
+                    Some(_) => weigh_with::<D, true>(d, span, top, |_| added),
                 }
             }
             Added::Each(added) => {
-                let added = |at| s.sub(s.load(added.add(at)), tops);
+                let added = |at| s.load(added.add(at));
                 match span.own {
-                    None => weigh_with::<D, false>(d, span, added),
-                    Some(_) => weigh_with::<D, true>(d, span, added),
+                    None => weigh_with::<D, false>(d, span, top, added),
+                    Some(_) => weigh_with::<D, true>(d, span, top, added),
                 }
             }
         }
@@ -237,18 +236,20 @@ unsafe fn weigh<D: Dot>(d: D, span: Span<D::Real>, top: D::Real) -> Sums<D::Real
 unsafe fn weigh_with<D: Dot, const OWN: bool>(
     d: D,
     span: Span<D::Real>,
+    top: D::Real,
     added: impl Fn(usize) -> <D::Simd as Simd>::Vector,
 ) -> Sums<D::Real> {
     let s = d.simd();
     let lanes = D::Simd::LANES;
-    let factor = s.splat(span.factor);
+    let (factor, top) = (s.splat(span.factor), s.splat(top));
     let (mut total, mut inside, mut outside) = (s.zero(), s.zero(), s.zero());
     let start = span.start(s);
     for at in (start..span.visible).step_by(lanes) {
         // SAFETY: registers that begin below `visible`. Probabilities take no more room than the scores they come from,
         // and what is before them is cleared last.
         unsafe {
-            let x = s.mul_add(s.load(span.scores.add(at)), factor, added(at));
+            // Subtracted last: near the maximum that is exact, while a sum with the mask rounds for the whole row.
+            let x = s.sub(s.mul_add(s.load(span.scores.add(at)), factor, added(at)), top);
             let p = span.visible_of(s, at, exp2(s, x), s.zero());
             d.store_left(span.scores.cast(), at, p);
             total = s.add(total, p);

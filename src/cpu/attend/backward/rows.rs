@@ -54,6 +54,8 @@ impl<D: Dot> Rows<D> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Closed<R> {
     pub(super) logsumexp: R,
+    /// What the logsumexp lost to rounding: an error that all keys of the row would share.
+    pub(super) rest: R,
     pub(super) delta: R,
 }
 
@@ -74,7 +76,7 @@ pub(super) struct Line<R> {
 
 impl<R: Real> Default for Line<R> {
     fn default() -> Self {
-        let closed = Closed { logsumexp: R::ZERO, delta: R::ZERO };
+        let closed = Closed { logsumexp: R::ZERO, rest: R::ZERO, delta: R::ZERO };
         Self { first: 0, visible: 0, parts: [LinePart { added: Added::Same(R::ZERO), closed }; 2] }
     }
 }
@@ -106,15 +108,15 @@ pub(super) unsafe fn differentiate<D: Dot, const PARTS: usize>(
     lines: &[Line<D::Real>; 2],
 ) {
     let s = d.simd();
+    let same = |line: &Line<D::Real>| matches!(line.parts[0].added, Added::Same(_));
     // SAFETY: the same contract.
     unsafe {
-        let same = |line: &Line<D::Real>| matches!(line.parts[0].added, Added::Same(_));
         if lines.iter().all(same) {
             let mut offsets = [[s.zero(); PARTS]; 2];
             for (offsets, line) in offsets.iter_mut().zip(lines) {
                 for (offset, part) in offsets.iter_mut().zip(&line.parts) {
                     if let Added::Same(added) = part.added {
-                        *offset = s.splat(added - part.closed.logsumexp);
+                        *offset = s.splat(added - part.closed.rest);
                     }
                 }
             }
@@ -123,15 +125,16 @@ pub(super) unsafe fn differentiate<D: Dot, const PARTS: usize>(
             differentiate_with::<D, PARTS>(d, tiles, factor, lines, |i, part, at| {
                 let LinePart { added, closed } = lines[i].parts[part];
                 match added {
-                    Added::Each(added) => s.sub(s.load(added.add(at)), s.splat(closed.logsumexp)),
-                    Added::Same(added) => s.splat(added - closed.logsumexp),
+                    Added::Each(added) => s.sub(s.load(added.add(at)), s.splat(closed.rest)),
+                    Added::Same(added) => s.splat(added - closed.rest),
                 }
             });
         }
     }
 }
 
-/// [`differentiate`] with what is added to the scaled products by row, part and position: mask minus logsumexp.
+/// [`differentiate`] with what is added to the scaled products by row, part and position, less the rest of
+/// the logsumexp.
 ///
 /// # Safety
 /// As [`differentiate`].
@@ -159,9 +162,12 @@ unsafe fn differentiate_with<D: Dot, const PARTS: usize>(
                 (s.load(tiles.p.add(row)), s.load(tiles.d.add(row)))
             };
             for part in 0..PARTS {
-                let x = exp2(s, s.mul_add(score, factor, offset(i, part, at)));
+                let Closed { logsumexp, delta, .. } = line.parts[part].closed;
+                // Subtracted last: near the logsumexp that is exact, while a sum with the mask rounds for the whole row.
+                let x = s.sub(s.mul_add(score, factor, offset(i, part, at)), s.splat(logsumexp));
+                let x = exp2(s, x);
                 p[i] = s.add(p[i], x);
-                d_score[i] = s.mul_add(x, s.sub(d_p, s.splat(line.parts[part].closed.delta)), d_score[i]);
+                d_score[i] = s.mul_add(x, s.sub(d_p, s.splat(delta)), d_score[i]);
             }
             let inside = line.visible - at;
             if inside < lanes {

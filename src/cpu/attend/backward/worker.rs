@@ -197,7 +197,9 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
                     let delta = pack::dot(s, out, d_out, vectors);
                     clear(s, out, 0, depth);
                     let binary = logsumexp(part).to_f64() * std::f64::consts::LOG2_E;
-                    let closed = Closed { logsumexp: D::Real::from_f64(binary), delta };
+                    let rounded = D::Real::from_f64(binary);
+                    let rest = if rounded.is_finite() { binary - rounded.to_f64() } else { 0.0 };
+                    let closed = Closed { logsumexp: rounded, rest: D::Real::from_f64(rest), delta };
                     self.closed.push(closed);
                     if let (Some(d_sink), Some(sink)) = (&self.gradients.sink, problem.sink) {
                         let z = sink.get([b, info.row.head, info.query, part]).to_f64();
