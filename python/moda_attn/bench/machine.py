@@ -33,6 +33,32 @@ def describe(threads: int) -> dict[str, Any]:
     }
 
 
+class Company:
+    """What else the machine has been doing since this object was made: times taken beside others are worth little."""
+
+    def __init__(self) -> None:
+        self._start = _clocks()
+
+    def share(self) -> float | None:
+        """Part of all processors' time that went to other processes or other guests, 0 to 1; None where unknown."""
+        end = _clocks()
+        if end is None or self._start is None:
+            return None
+        own, busy, elapsed = (after - before for before, after in zip(self._start, end, strict=True))
+        return max(0.0, min(1.0, (busy - own) / max(elapsed, 1e-3)))
+
+
+def _clocks() -> tuple[float, float, float] | None:
+    """Seconds of this process and its children that have ended, of everybody, and all there were."""
+    try:
+        ticks = [int(count) for count in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return None
+    user, nice, system, idle, waiting, *interrupts_and_stolen = (count / os.sysconf("SC_CLK_TCK") for count in ticks)
+    busy = user + nice + system + sum(interrupts_and_stolen)
+    return sum(os.times()[:4]), busy, busy + idle + waiting
+
+
 #: A hypervisor may hide the name of a CPU; family and model still tell.
 _FAMILY = {"family": "cpu family", "model": "model"}
 

@@ -8,6 +8,8 @@ from typing import Any
 from .cases import DENSE, SDPA, STOCK
 
 PEERS = (SDPA, STOCK, DENSE)
+#: Above this share of the processors' time, what other processes do shows in the ratios.
+NOISY = 0.05
 
 
 def ratio(row: dict[str, Any], peer: str) -> float | None:
@@ -35,7 +37,7 @@ def race_line(row: dict[str, Any]) -> str:
         reached, goal = ratio(row, peer), row["goals"].get(peer)
         if reached is not None:
             parts.append(f"{peer} {number(reached):>5s}{verdict(reached, goal):16s}")
-    return "  ".join(parts).rstrip()
+    return "  ".join(parts).rstrip() + _noise(row)
 
 
 def verdict(reached: float, goal: float | None) -> str:
@@ -49,7 +51,11 @@ def figure_line(row: dict[str, Any]) -> str:
     """One figure on the console."""
     if row["value"] is None:
         return f"  {row['name']:58s}{'-':>10s}  not on this machine, or not with so many threads"
-    return f"  {row['name']:58s}{number(row['value']):>10s} {row['unit']}{goal_of(row)}"
+    return f"  {row['name']:58s}{number(row['value']):>10s} {row['unit']}{goal_of(row)}{_noise(row)}"
+
+
+def _noise(row: dict[str, Any]) -> str:
+    return f"  [{row['others']:.0%} of the machine to others]" if (row["others"] or 0) > NOISY else ""
 
 
 def goal_of(row: dict[str, Any]) -> str:

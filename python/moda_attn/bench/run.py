@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from . import decoding, peers, record, report
 from .cases import RACES, Race, shape
 from .figures import FIGURES, Figure
 from .gate import TOLERANCES, gate
-from .machine import describe
+from .machine import Company, describe
 from .process import in_a_fresh_process
 from .timing import interleaved
 
@@ -31,6 +32,10 @@ SECTIONS = tuple(dict.fromkeys([*(race.section for race in RACES), *(figure.sect
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what the options ask for and prints it; ``--record FOLDER`` also writes it as JSON."""
     options = _parser().parse_args(argv)
+    if options.tables:
+        recorded = json.loads(options.tables.read_text(encoding="utf-8"))
+        print(report.headline(recorded), report.table(recorded), sep="\n\n")
+        return 0
     torch.set_num_threads(options.threads)
     machine = describe(options.threads)
     samples = options.repeat or (3 if options.quick else 5)
@@ -40,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     raced, measured = [], []
     try:
         for race in _announced(races):
-            raced.append(run_race(race, options.threads, samples))
+            raced.append(_alone(run_race, race, options.threads, samples))
             print(report.race_line(raced[-1]), flush=True)
         for figure in _announced(figures):
-            measured.append(run_figure(figure, options.threads, samples))
+            measured.append(_alone(run_figure, figure, options.threads, samples))
             print(report.figure_line(measured[-1]), flush=True)
     except ModaError as error:
         print(f"moda-attn bench: {error}", file=sys.stderr)
@@ -54,6 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         new = {"machine": machine, "date": date, "samples": samples, "races": raced, "figures": measured}
         print(f"written: {record.write(options.record, new)}")
     return 0
+
+
+def _alone(measure: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """A row, and in it what other processes took of the machine meanwhile."""
+    company = Company()
+    row = measure(*arguments)
+    others = company.share()
+    return {**row, "others": others and round(others, 3)}
 
 
 def run_race(race: Race, threads: int, samples: int) -> dict[str, Any]:
@@ -150,6 +163,8 @@ def _summary(rows: list[dict[str, Any]]) -> None:
     print(f"\nevery race stood behind a green parity check; {goals - len(misses)} of {goals} goals met")
     for miss in misses:
         print(f"  missed: {miss}")
+    if noisy := sum((row["others"] or 0) > report.NOISY for row in rows):
+        print(f"other processes were at work during {noisy} of {len(rows)} rows: do not quote those")
 
 
 def _rounded(value: float) -> float:
@@ -167,4 +182,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--record", type=Path, metavar="FOLDER", help="write the results to this machine's file in a folder"
     )
+    parser.add_argument("--tables", type=Path, metavar="FILE", help="print the tables of a record, and measure nothing")
     return parser
