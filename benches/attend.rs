@@ -14,23 +14,9 @@ use moda_attn::dtype::Element;
 use std::time::Duration;
 
 /// One group of four query heads and their key head.
-const SHAPE: AttendOptions = AttendOptions {
-    batch: 1,
-    heads: 4,
-    key_heads: 1,
-    queries: 512,
-    keys: 512,
-    dim: 128,
-    modalities: 2,
-    padding: common::Padding::None,
-    layout: common::Layout::Middle,
-    causal: true,
-    combine: moda_attn::problem::Combine::Joint,
-    sinks: common::Sinks::Usual,
-    bias: common::BiasTable::Finite,
-    storage: common::Storage::Contiguous,
-    spread: 1.0,
-};
+fn shape() -> AttendOptions {
+    AttendOptions { batch: 1, heads: 4, key_heads: 1, queries: 512, keys: 512, dim: 128, ..AttendOptions::default() }
+}
 
 type Group<'a> = BenchmarkGroup<'a, WallTime>;
 
@@ -84,16 +70,16 @@ fn instruction_sets() -> impl Iterator<Item = Isa> {
 fn every_dtype(criterion: &mut Criterion) {
     let mut forwards = group(criterion, "attend forward");
     for isa in instruction_sets() {
-        forward::<f32>(&mut forwards, "", isa, SHAPE);
-        forward::<bf16>(&mut forwards, "", isa, SHAPE);
-        forward::<f16>(&mut forwards, "", isa, SHAPE);
-        forward::<f64>(&mut forwards, "", isa, SHAPE);
+        forward::<f32>(&mut forwards, "", isa, shape());
+        forward::<bf16>(&mut forwards, "", isa, shape());
+        forward::<f16>(&mut forwards, "", isa, shape());
+        forward::<f64>(&mut forwards, "", isa, shape());
     }
     forwards.finish();
     let mut backwards = group(criterion, "attend backward");
     for isa in instruction_sets() {
-        backward::<f32>(&mut backwards, isa, SHAPE);
-        backward::<bf16>(&mut backwards, isa, SHAPE);
+        backward::<f32>(&mut backwards, isa, shape());
+        backward::<bf16>(&mut backwards, isa, shape());
     }
     backwards.finish();
 }
@@ -101,14 +87,14 @@ fn every_dtype(criterion: &mut Criterion) {
 /// The same kernel where one part of it takes most of the time.
 fn parts(criterion: &mut Criterion) {
     let isa = dispatch::choice().expect("MODA_ATTN_ISA names an instruction set of this machine").isa;
-    let square = AttendOptions { queries: 256, keys: 256, causal: false, ..SHAPE };
+    let square = AttendOptions { queries: 256, keys: 256, causal: false, ..shape() };
     let mut parts = group(criterion, "attend forward, mostly");
     for (name, options) in [
         (" products (D 256)", AttendOptions { dim: 256, ..square }),
         (" softmax (D 16)", AttendOptions { dim: 16, ..square }),
-        (" packing (4 queries a key)", AttendOptions { queries: 1, keys: 2048, heads: 4, ..SHAPE }),
-        (" the edges of blocks (N 97, D 40)", AttendOptions { queries: 97, keys: 97, dim: 40, ..SHAPE }),
-        (" the call (N 1, D 16)", AttendOptions { queries: 1, keys: 1, heads: 1, dim: 16, ..SHAPE }),
+        (" packing (4 queries a key)", AttendOptions { queries: 1, keys: 2048, heads: 4, ..shape() }),
+        (" the edges of blocks (N 97, D 40)", AttendOptions { queries: 97, keys: 97, dim: 40, ..shape() }),
+        (" the call (N 1, D 16)", AttendOptions { queries: 1, keys: 1, heads: 1, dim: 16, ..shape() }),
     ] {
         forward::<f32>(&mut parts, name, isa, options);
         forward::<bf16>(&mut parts, name, isa, options);
