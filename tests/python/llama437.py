@@ -148,6 +148,11 @@ class LlamaSdpaAttention(LlamaAttention):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask), None
 
 
+class LlamaFlashAttention2(LlamaAttention):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        raise RuntimeError("FlashAttention needs a GPU")
+
+
 class LlamaDecoderLayer(nn.Module):
     def __init__(self, config: LlamaConfig, layer_idx: int):
         super().__init__()
