@@ -1,5 +1,6 @@
 //! Forward: online softmax over key blocks, the sink in the running maximum, mass in the same pass.
 
+use super::decode;
 use super::finish::Finish;
 use super::mask::{Block, Content, Part, Tables};
 use super::plan::{KEYS, ROWS, RowBlock, Sizes, row_blocks};
@@ -29,6 +30,9 @@ where
     let units = sizes.batch * sizes.kv_heads;
     if units == 0 || blocks.is_empty() {
         return Ok(());
+    }
+    if decode::suits(&sizes) {
+        return decode::run(s, threads, problem, outputs, sizes);
     }
     // A task is a share of one key head's row blocks: whole heads where there are enough of them, so that keys are
     // packed once. Rows are independent, so the shares may depend on the threads.
