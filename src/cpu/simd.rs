@@ -75,6 +75,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
         columns[0]
     }
 
+    /// Asks for the cache line at an address, which need not be readable: a hint.
+    #[inline(always)]
+    fn prefetch<T>(self, _: *const T) {}
+
     // Contract of the pointer methods: `LANES` elements from `pointer` on are readable (writable), any alignment.
 
     /// Reads a vector.
