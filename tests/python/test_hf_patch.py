@@ -157,7 +157,11 @@ def test_models_of_lower_precision_keep_float32_parameters(dtype: torch.dtype):
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
-        (nn.Linear(2, 2), ModaValueError, "Linear is not supported; supported are Llava"),
+        (
+            nn.Linear(2, 2),
+            ModaValueError,
+            "Linear is not supported; wanted a transformers.PreTrainedModel with an att",
+        ),
         ("a path", ModaTypeError, "model must be a torch.nn.Module, got str"),
     ],
 )

@@ -6,7 +6,7 @@
 use super::finish::Finish;
 use super::mask::{Block, Content, Part, Tables};
 use super::plan::{KEYS, RowBlock, Sizes};
-use super::rows::{RowInfo, infos};
+use super::rows::{RowInfo, infos, seen};
 use crate::cpu::buffer::Buffer;
 use crate::cpu::kernel::few::{Rows, Source, dots, weighted_sums};
 use crate::cpu::kernel::pack;
@@ -206,13 +206,14 @@ impl<'a, 'o, S: Simd, T: Element<Acc = S::Real>> Worker<'a, 'o, S, T> {
     #[inline(always)]
     fn block(&mut self, head: [usize; 2], range: Range<usize>) {
         let problem = self.finish.problem;
-        let last = self.infos.iter().map(|info| info.visible).max().unwrap_or(0);
+        let ids = problem.modality.row(head[0]);
         self.chosen.clear();
         self.ids.clear();
-        for (j, &id) in (range.start..range.end.min(last)).zip(&problem.modality.row(head[0])[range]) {
-            if id != PADDING {
+        for j in seen(&self.infos, &range, 1) {
+            let j = range.start + j;
+            if ids[j] != PADDING {
                 self.chosen.push(j);
-                self.ids.push(id);
+                self.ids.push(ids[j]);
             }
         }
         if self.chosen.is_empty() {
@@ -258,6 +259,7 @@ impl<'a, 'o, S: Simd, T: Element<Acc = S::Real>> Worker<'a, 'o, S, T> {
         let sums = self.sums_of(index);
         self.tables.clear();
         for (row, info) in self.infos.iter().enumerate() {
+            let first = self.chosen.partition_point(|&j| j < info.first);
             let visible = self.chosen.partition_point(|&j| j < info.visible);
             // SAFETY: the row's scores, sums and tables.
             unsafe {
@@ -267,14 +269,15 @@ impl<'a, 'o, S: Simd, T: Element<Acc = S::Real>> Worker<'a, 'o, S, T> {
                     copy.copy_from_nonoverlapping(scores, count.next_multiple_of(S::LANES));
                     scores = copy;
                 }
-                if visible == 0 {
+                if first >= visible {
                     clear(s, scores, 0, count);
                     continue;
                 }
                 let added = self.tables.added(problem, keys, info.row);
                 let running = &mut self.running[index * self.infos.len() + row];
                 let sums = self.sums.as_mut_ptr().add(sums + row * sizes.stride);
-                let block = softmax(s, Span { scores, added, visible, reach: count }, running, (sums, sizes.vectors));
+                let block =
+                    softmax(s, Span { scores, added, first, visible, reach: count }, running, (sums, sizes.vectors));
                 if self.finish.outputs.mass.is_some() {
                     let uniform = match (part, content) {
                         (Part::SelfKeys, _) => Some(true),

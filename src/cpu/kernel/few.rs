@@ -86,8 +86,8 @@ impl<S: Simd, E: Element<Acc = S::Real>> Task for Dots<'_, S, E> {
         let Self { s, vectors, rows, source, target } = self;
         for first in (0..source.chosen.len()).step_by(S::LANES) {
             let mut keys = [source.pointer; 16];
-            for n in 0..S::LANES {
-                keys[n] = source.row(first + n);
+            for (n, key) in keys.iter_mut().enumerate() {
+                *key = source.row(first + n);
             }
             let mut row = 0;
             while row < rows.count {
