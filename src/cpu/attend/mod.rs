@@ -5,6 +5,7 @@ mod decode;
 mod finish;
 mod forward;
 mod mask;
+mod mass;
 mod plan;
 mod rows;
 
