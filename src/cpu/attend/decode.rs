@@ -16,7 +16,7 @@ use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
 use crate::ids::PADDING;
-use crate::problem::{AttendOutputs, AttendProblem};
+use crate::problem::{AttendOutputs, AttendProblem, MassBy};
 use crate::view::View;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -28,9 +28,9 @@ const TASKS: usize = 64;
 /// Key blocks a task has at least.
 const BLOCKS: usize = 4;
 
-/// Whether a problem comes this way.
-pub(super) fn suits(sizes: &Sizes) -> bool {
-    sizes.group * sizes.queries <= ROWS
+/// Whether a problem comes this way. Mass by key modality, M numbers a row, is the tiled way's.
+pub(super) fn suits(sizes: &Sizes, mass: Option<MassBy>) -> bool {
+    sizes.group * sizes.queries <= ROWS && mass != Some(MassBy::Modality)
 }
 
 pub(super) fn run<S, T>(
@@ -364,7 +364,7 @@ impl<'a, 'o, S: Simd, T: Element<Acc = S::Real>> Worker<'a, 'o, S, T> {
                     unsafe { join(s, (&mut total, sum.as_mut_ptr()), other, sizes.vectors) };
                 }
                 // SAFETY: the head's last task alone writes its rows; sums and result of one row.
-                unsafe { self.finish.row(s, ([b, part], info), &total, (sum.as_ptr(), result.as_mut_ptr())) };
+                unsafe { self.finish.row(s, ([b, part], info), (&total, &[]), (sum.as_ptr(), result.as_mut_ptr())) };
             }
         }
     }
