@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find src python -name '*.rs' -o -name '*.py' -o -name '*.pyi') Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: build demo test check fix bench clean
+.PHONY: build demo test test-transformers check fix bench clean
 
 build: $(VENV)/.wheel
 
@@ -29,6 +29,21 @@ test: build
 	cargo test --locked --no-default-features
 	$(BIN)/python -m pytest -q
 
+# Other releases of transformers, each in a thin environment over .venv: it holds only what that release wants otherwise.
+RELEASES := 4.57.6 5.17.0
+RELEASE_TESTS := $(addprefix tests/python/test_hf_,models.py structure.py patch.py generate.py io.py)
+
+$(VENV)-%/.ready: $(VENV)/.libraries
+	rm -rf $(@D)
+	$(PYTHON) -m venv --without-pip $(@D)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > .base.pth
+	mv .base.pth $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet transformers==$*
+	touch $@
+
+test-transformers: build $(RELEASES:%=$(VENV)-%/.ready)
+	for release in $(RELEASES); do $(VENV)-$$release/bin/python -m pytest -q $(RELEASE_TESTS) || exit 1; done
+
 check: build
 	cargo fmt --check
 	cargo clippy --locked --no-default-features --all-targets -- -D warnings
@@ -48,4 +63,4 @@ bench: build
 	$(BIN)/moda-attn bench
 
 clean:
-	rm -rf target $(VENV) .demo
+	rm -rf target $(VENV) $(VENV)-* .demo
