@@ -251,24 +251,6 @@ def test_dropout_is_refused():
         model.train()(**x, labels=x["input_ids"])
 
 
-def test_a_sliding_window_shorter_than_the_sequence_is_refused():
-    family = "llava-mistral"
-    x = tiny.inputs(family, ["TTITTT", "TIT"])
-    length = x["input_ids"].shape[1]
-    plain = tiny.build(family)
-    moda_attn.apply(plain)
-    expected = logits(plain, **x)
-    model = tiny.build(family)
-    model.model.language_model.config.sliding_window = length
-    moda_attn.apply(model)
-    assert torch.equal(logits(model, **x), expected)
-    with pytest.raises(ModaValueError, match=f"{length + 1} tokens exceed the sliding window of {length}"):
-        model.generate(**x, max_new_tokens=3, do_sample=False)
-    model.model.language_model.config.sliding_window = length - 1
-    with pytest.raises(ModaValueError, match="exceed the sliding window"):
-        model(**x)
-
-
 def test_tokens_whose_modality_is_unknown():
     model = tiny.build()
     moda_attn.apply(model)

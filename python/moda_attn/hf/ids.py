@@ -36,11 +36,13 @@ class ModaCall:
         modality: (B, n), of the n new tokens: 0 text, 1 vision, 2 video where the configuration has it, -1 padding.
         context: (B, n) bool, the tokens that may feed a basis; None for all that are no padding.
         entered: the layers that ran.
+        weights: the caller wants the attention weights too (`output_attentions`).
     """
 
     modality: Tensor
     context: Tensor | None
-    entered: Entered = field(default_factory=Entered)
+    entered: Entered = field(default_factory=lambda: Entered())  # torch.compile cannot trace the bare class here
+    weights: bool = False
 
 
 def describe_call(

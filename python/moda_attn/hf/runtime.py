@@ -105,6 +105,8 @@ class Runtime:
             training=training,
             prompt_length=None if prompt is None else prompt.length,
         )
+        wanted = arguments.get("output_attentions")
+        call.weights = bool(getattr(module.config, "output_attentions", False) if wanted is None else wanted)
         kwargs["moda_call"] = call
         first = self.family.first_position
         if first is not None and self.config is not None:
