@@ -33,16 +33,17 @@ test: build
 RELEASES := 4.57.6 5.17.0
 RELEASE_TESTS := $(addprefix tests/python/test_hf_,models.py structure.py patch.py generate.py io.py)
 
+PURELIB := "import sysconfig; print(sysconfig.get_path('purelib'))"
+
 $(VENV)-%/.ready: $(VENV)/.libraries
 	rm -rf $(@D)
 	$(PYTHON) -m venv --without-pip $(@D)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > .base.pth
-	mv .base.pth $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	$(BIN)/python -c $(PURELIB) > "$$($(@D)/bin/python -c $(PURELIB))/base.pth"
 	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet transformers==$*
 	touch $@
 
 test-transformers: build $(RELEASES:%=$(VENV)-%/.ready)
-	for release in $(RELEASES); do $(VENV)-$$release/bin/python -m pytest -q $(RELEASE_TESTS) || exit 1; done
+	for release in $(RELEASES); do $(VENV)-$$release/bin/python -m pytest -q -rs $(RELEASE_TESTS) || exit 1; done
 
 check: build
 	cargo fmt --check
