@@ -60,8 +60,9 @@ fix:
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Every row that has a goal, about ten minutes; `cargo bench` times the kernels one by one.
 bench: build
-	$(BIN)/moda-attn bench
+	$(BIN)/moda-attn bench --record .bench
 
 clean:
-	rm -rf target $(VENV) $(VENV)-* .demo
+	rm -rf target $(VENV) $(VENV)-* .demo .bench

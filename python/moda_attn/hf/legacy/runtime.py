@@ -114,13 +114,15 @@ class LegacyRuntime(Runtime):
                 f"inputs_embeds that {PREPARE} of this model did not just return: which tokens are image is unknown. "
                 "Call the model with input_ids and images"
             )
-        modality = None if prepared is None else prepared.modality
+        modality, labels = (None, None) if prepared is None else (prepared.modality, prepared.labels)
+        if self.recorder is not None:
+            self.recorder.labels = labels
         known = {
             "inputs_embeds": tokens,
             "modality_ids": torch.full(tokens.shape[:2], TEXT, device=tokens.device) if modality is None else modality,
             "attention_mask": arguments.get("attention_mask"),
             "past_key_values": arguments["past_key_values"],
-            "labels": None if prepared is None else prepared.labels,
+            "labels": labels,
         }
         call = describe_call(
             known,
