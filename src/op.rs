@@ -11,6 +11,7 @@ use crate::problem::{
 };
 use crate::spec;
 use crate::view::{View, ViewMut};
+use std::time::Duration;
 
 fn exec(threads: usize) -> Result<Exec> {
     Ok(Exec { isa: dispatch::choice()?.isa, threads: threads.max(1) })
@@ -67,4 +68,10 @@ pub fn pseudo_sink_backward<R: Real>(
     base: &mut ViewMut<'_, R, 2>,
 ) {
     spec::mask::pseudo_sink_backward(problem, sink_gradient, decay, base);
+}
+
+/// Floating point operations a second of a register loop of the products that [`modular_attention`] on this dtype is made
+/// of: what its speed is measured against.
+pub fn product_rate<T: CpuElement>(threads: usize, duration: Duration) -> Result<f64> {
+    Ok(T::product_rate(exec(threads)?, duration))
 }

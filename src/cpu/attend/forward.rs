@@ -1,19 +1,21 @@
 //! Forward: online softmax over key blocks, the sink in the running maximum, mass in the same pass.
 
+use super::decode;
 use super::finish::Finish;
 use super::mask::{Block, Content, Part, Tables};
+use super::mass::{Masses, Scored};
 use super::plan::{KEYS, ROWS, RowBlock, Sizes, row_blocks};
 use super::rows::{RowInfo, Tile, infos, key_blocks, tiles};
 use crate::cpu::buffer::Buffer;
 use crate::cpu::dot::Dot;
 use crate::cpu::kernel::gemm::{Left, Right, Size, Target};
 use crate::cpu::kernel::pack;
-use crate::cpu::kernel::softmax::{Running, Span, clear_left, follow, settle};
+use crate::cpu::kernel::softmax::{Running, Span, clear_left, follow, settle, split_sum};
 use crate::cpu::simd::{Simd, Task};
 use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
-use crate::problem::{AttendOutputs, AttendProblem};
+use crate::problem::{AttendOutputs, AttendProblem, MassBy};
 use std::ops::Range;
 
 pub(in crate::cpu) fn run<D, T>(
@@ -32,12 +34,16 @@ where
     if units == 0 || blocks.is_empty() {
         return Ok(());
     }
+    let mass = outputs.mass.as_ref().map(|mass| mass.by);
+    if decode::suits(&sizes, mass) {
+        return decode::run(d.simd(), threads, problem, outputs, sizes);
+    }
     // A task is a share of one key head's row blocks: whole heads where there are enough of them, so that keys are
     // packed once. Rows are independent, so the shares may depend on the threads.
     let shares = if threads == 1 { 1 } else { (4 * threads).div_ceil(units).min(blocks.len()) };
     let tasks = units * shares;
     let outputs = &*outputs;
-    let worker = |_| Worker::new(d, problem, sizes, outputs.mass.is_some());
+    let worker = |_| Worker::new(d, problem, sizes, mass);
     let mut workers = (0..threads.min(tasks)).map(worker).collect::<Result<Vec<_>>>()?;
     parallel::run(&mut workers, tasks, |worker, task| {
         let (unit, share) = (task / shares, task % shares);
@@ -72,7 +78,7 @@ struct Worker<'a, D: Dot, T: Element<Acc = D::Real>> {
     d: D,
     problem: &'a AttendProblem<'a, T>,
     sizes: Sizes,
-    wants_mass: bool,
+    mass: Option<MassBy>,
     /// Whose keys are packed.
     packed: Option<[usize; 2]>,
     // Operands are kept as numbers of the same size: see `Dot::Unit`.
@@ -90,17 +96,20 @@ struct Worker<'a, D: Dot, T: Element<Acc = D::Real>> {
     tables: Tables<D::Real>,
     infos: Vec<RowInfo>,
     running: Vec<Running<D::Real>>,
+    masses: Masses<D::Real>,
+    /// A row's probabilities for a block of keys before they were rounded to an operand, for its mass.
+    numbers: Buffer<D::Real>,
 }
 
 impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
-    fn new(d: D, problem: &'a AttendProblem<'a, T>, sizes: Sizes, wants_mass: bool) -> Result<Self> {
+    fn new(d: D, problem: &'a AttendProblem<'a, T>, sizes: Sizes, mass: Option<MassBy>) -> Result<Self> {
         let padded = sizes.keys.next_multiple_of(2 * D::Simd::LANES);
         let rows = ROWS.min(sizes.group * sizes.queries);
         Ok(Self {
             d,
             problem,
             sizes,
-            wants_mass,
+            mass,
             packed: None,
             key_panels: Buffer::new(padded * sizes.units, "packed keys")?,
             values: Buffer::new(sizes.keys.div_ceil(D::DEPTH) * sizes.stride, "packed values")?,
@@ -113,6 +122,8 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             tables: Tables::new(&sizes)?,
             infos: Vec::with_capacity(rows),
             running: Vec::with_capacity(rows),
+            masses: Masses::new(rows, if mass == Some(MassBy::Modality) { sizes.modalities } else { 0 })?,
+            numbers: Buffer::new(if D::DEPTH > 1 { KEYS } else { 0 }, "a row of probabilities")?,
         })
     }
 
@@ -195,6 +206,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             Running::new(sink.map_or(D::Real::NEG_INFINITY, |sink| sink * D::Real::LOG2_E))
         }));
         self.sums.fill(D::Real::ZERO);
+        self.masses.start();
     }
 
     /// Scores, softmax and weighted values of one key block.
@@ -205,6 +217,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         let ids = &self.problem.modality.row(b)[range.clone()];
         let keys = Block { batch: b, ids, content: self.contents[index], part };
         self.tables.clear();
+        self.masses.block(ids);
         let tiles: Vec<Tile> = tiles(self.d.simd(), &self.infos, &range).collect();
         for Tile { rows, keys: near } in tiles {
             self.scores(&range, rows.clone(), &near);
@@ -254,29 +267,23 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
     fn row(&mut self, keys: Block<'_>, range: &Range<usize>, row: usize, [seen, near]: [&Range<usize>; 2]) {
         let Sizes { stride, score_stride, vectors, .. } = self.sizes;
         let info = self.infos[row];
-        // Whether all keys are of the query's own modality, or none.
-        let uniform = match (keys.part, keys.content) {
-            (Part::SelfKeys, _) => Some(true),
-            (Part::CrossKeys, _) => Some(false),
-            (Part::Whole, Content::Uniform(key)) => Some(key == info.row.modality),
-            (Part::Whole, Content::Mixed { .. }) => None,
-        };
-        let wants_own = self.wants_mass && uniform.is_none();
+        // SAFETY: a row of the block, from the first key it reaches on.
+        let scores = unsafe { self.scores.as_mut_ptr().add(row * score_stride + near.start) };
+        let numbers = (D::DEPTH > 1 && self.mass.is_some()).then(|| self.numbers.as_mut_ptr());
         let span = Span {
-            // SAFETY: a row of the block.
-            scores: unsafe { self.scores.as_mut_ptr().add(row * score_stride + near.start) },
+            scores,
             factor: self.problem.scale * D::Real::LOG2_E,
             // SAFETY: tables are of a whole block of keys.
             added: unsafe { self.tables.added(self.problem, keys, info.row).after(near.start) },
-            own: wants_own.then(|| self.tables.own(keys, info.row.modality).wrapping_add(near.start)),
+            numbers,
             first: seen.start - near.start,
             visible: seen.end - near.start,
             reach: near.len(),
         };
-        let seen_before = self.running[row].seen;
+        let Running { seen: seen_before, top: before, .. } = self.running[row];
         // SAFETY: scores and tables of a whole block of keys.
         let standing = seen_before.then(|| unsafe { follow(self.d, span, &mut self.running[row]) }).flatten();
-        let sums = standing.unwrap_or_else(|| {
+        let total = standing.unwrap_or_else(|| {
             if seen_before {
                 self.scores(range, row..row + 1, near);
             }
@@ -286,16 +293,46 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
                 settle(self.d, span, &mut self.running[row], (sums, vectors))
             }
         });
-        if self.wants_mass {
-            let (own, cross) = match uniform {
-                Some(true) => (sums.total, D::Real::ZERO),
-                Some(false) => (D::Real::ZERO, sums.total),
-                None => (sums.own, sums.cross),
+        if let Some(by) = self.mass {
+            let scored = Scored {
+                tops: [before, self.running[row].top],
+                total,
+                probabilities: numbers.unwrap_or(scores).cast_const(),
+                from: near.start,
+                count: span.visible,
             };
-            let running = &mut self.running[row];
-            running.own += own;
-            running.cross += cross;
+            self.add_mass(by, keys, row, scored);
         }
+    }
+
+    /// The mass of one row on a block of keys.
+    #[inline(always)]
+    fn add_mass(&mut self, by: MassBy, keys: Block<'_>, row: usize, scored: Scored<D::Real>) {
+        let s = self.d.simd();
+        if by == MassBy::Modality {
+            // SAFETY: probabilities up to the last visible key in whole registers.
+            unsafe { self.masses.add(s, row, scored, (&mut self.tables, keys)) };
+            return;
+        }
+        let modality = self.infos[row].row.modality;
+        let uniform = match (keys.part, keys.content) {
+            (Part::SelfKeys, _) => Some(true),
+            (Part::CrossKeys, _) => Some(false),
+            (Part::Whole, Content::Uniform(key)) => Some(key == modality),
+            (Part::Whole, Content::Mixed { .. }) => None,
+        };
+        let (own, cross) = match uniform {
+            Some(true) => (scored.total, D::Real::ZERO),
+            Some(false) => (D::Real::ZERO, scored.total),
+            // SAFETY: as above; a table has the length of a whole block of keys.
+            None => unsafe {
+                let own = self.tables.own(keys, modality).add(scored.from);
+                split_sum(s, scored.probabilities, own, scored.count)
+            },
+        };
+        let running = &mut self.running[row];
+        running.own += own;
+        running.cross += cross;
     }
 
     /// Closes one softmax of every row.
@@ -308,7 +345,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             unsafe {
                 let sums = self.sums.as_ptr().add(row * stride);
                 let result = self.result.as_mut_ptr().wrapping_add(row * stride);
-                finish.row(self.d.simd(), ([b, part], info), running, (sums, result));
+                finish.row(self.d.simd(), ([b, part], info), (running, self.masses.row(row)), (sums, result));
             }
         }
     }

@@ -47,8 +47,8 @@ pub(crate) struct Span<R> {
     pub(crate) factor: R,
     /// What is added to it then.
     pub(crate) added: Added<R>,
-    /// Where mass is wanted and the block holds several modalities: 1 for keys of the query's own, 0 for others.
-    pub(crate) own: Option<*const R>,
+    /// Where the probabilities go as numbers too, for those who need them unrounded.
+    pub(crate) numbers: Option<*mut R>,
     /// Keys `first .. visible` of the span may be seen; at least one.
     pub(crate) first: usize,
     pub(crate) visible: usize,
@@ -76,15 +76,6 @@ impl<R: Copy> Span<R> {
     }
 }
 
-/// Sums of a block's probabilities.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Sums<R> {
-    pub(crate) total: R,
-    /// Its parts on keys of the query's own modality and on the others, where [`Span::own`] is given.
-    pub(crate) own: R,
-    pub(crate) cross: R,
-}
-
 /// The softmax of one row so far, in log2 units.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Running<R> {
@@ -107,25 +98,21 @@ impl<R: Real> Running<R> {
     }
 }
 
-/// Turns a block of scores into probabilities relative to the maximum as it stands. `None` where that is too far below
-/// them; the scores are lost then.
+/// Turns a block of scores into probabilities relative to the maximum as it stands; returns their sum. `None` where the
+/// maximum is too far below them; the scores are lost then.
 ///
 /// # Safety
-/// `scores`, and what `added` and `own` point at, must be valid for `reach` rounded up to whole registers.
+/// `scores`, and what `added` and `numbers` point at, must be valid for `reach` rounded up to whole registers.
 #[inline(always)]
-pub(crate) unsafe fn follow<D: Dot>(
-    d: D,
-    span: Span<D::Real>,
-    running: &mut Running<D::Real>,
-) -> Option<Sums<D::Real>> {
+pub(crate) unsafe fn follow<D: Dot>(d: D, span: Span<D::Real>, running: &mut Running<D::Real>) -> Option<D::Real> {
     // SAFETY: the same contract.
-    let sums = unsafe { weigh(d, span, running.top) };
+    let total = unsafe { weigh(d, span, running.top) };
     // A NaN is no reason to try again.
-    if sums.total > D::Real::from_f64(FAR) {
+    if total > D::Real::from_f64(FAR) {
         return None;
     }
-    running.total += sums.total;
-    Some(sums)
+    running.total += total;
+    Some(total)
 }
 
 /// As [`follow`], with the maximum raised to the block's first where that is higher. The row's weighted sum so far,
@@ -139,7 +126,7 @@ pub(crate) unsafe fn settle<D: Dot>(
     span: Span<D::Real>,
     running: &mut Running<D::Real>,
     (sums, vectors): (*mut D::Real, usize),
-) -> Sums<D::Real> {
+) -> D::Real {
     let s = d.simd();
     // SAFETY: the same contract.
     let tops = unsafe { highest(s, span) };
@@ -152,8 +139,13 @@ pub(crate) unsafe fn settle<D: Dot>(
             running.total += sum;
         }
         // SAFETY: the same contract.
-        unsafe { clear_left(d, span.scores, 0, span.reach) };
-        return Sums { total: D::Real::ZERO, own: D::Real::ZERO, cross: D::Real::ZERO };
+        unsafe {
+            clear_left(d, span.scores, 0, span.reach);
+            if let Some(numbers) = span.numbers {
+                clear(s, numbers, 0, span.visible);
+            }
+        }
+        return D::Real::ZERO;
     }
     running.seen = true;
     if top > running.top {
@@ -172,9 +164,9 @@ pub(crate) unsafe fn settle<D: Dot>(
         }
     }
     // SAFETY: the same contract.
-    let sums = unsafe { weigh(d, span, running.top) };
-    running.total += sums.total;
-    sums
+    let total = unsafe { weigh(d, span, running.top) };
+    running.total += total;
+    total
 }
 
 /// The highest score of every lane, minus infinity where there is none.
@@ -200,49 +192,40 @@ unsafe fn highest<S: Simd>(s: S, span: Span<S::Real>) -> S::Vector {
     top
 }
 
-/// Probabilities relative to `top` in place of the scores, and their sums.
+/// Probabilities relative to `top` in place of the scores, and their sum.
 ///
 /// # Safety
 /// As [`follow`].
 #[inline(always)]
-unsafe fn weigh<D: Dot>(d: D, span: Span<D::Real>, top: D::Real) -> Sums<D::Real> {
+unsafe fn weigh<D: Dot>(d: D, span: Span<D::Real>, top: D::Real) -> D::Real {
     let s = d.simd();
     // SAFETY: the same contract; tables cover whole registers.
     unsafe {
         match span.added {
             Added::Same(added) => {
                 let added = s.splat(added);
-                match span.own {
-                    None => weigh_with::<D, false>(d, span, top, |_| added),
-                    Some(_) => weigh_with::<D, true>(d, span, top, |_| added),
-                }
+                weigh_with(d, span, top, |_| added)
             }
-            Added::Each(added) => {
-                let added = |at| s.load(added.add(at));
-                match span.own {
-                    None => weigh_with::<D, false>(d, span, top, added),
-                    Some(_) => weigh_with::<D, true>(d, span, top, added),
-                }
-            }
+            Added::Each(added) => weigh_with(d, span, top, |at| s.load(added.add(at))),
         }
     }
 }
 
-/// [`weigh`] with what is added to the scores by position, and with or without the parts of the sum.
+/// [`weigh`] with what is added to the scores by position.
 ///
 /// # Safety
 /// As [`follow`].
 #[inline(always)]
-unsafe fn weigh_with<D: Dot, const OWN: bool>(
+unsafe fn weigh_with<D: Dot>(
     d: D,
     span: Span<D::Real>,
     top: D::Real,
     added: impl Fn(usize) -> <D::Simd as Simd>::Vector,
-) -> Sums<D::Real> {
+) -> D::Real {
     let s = d.simd();
     let lanes = D::Simd::LANES;
     let (factor, top) = (s.splat(span.factor), s.splat(top));
-    let (mut total, mut inside, mut outside) = (s.zero(), s.zero(), s.zero());
+    let mut total = s.zero();
     let start = span.start(s);
     for at in (start..span.visible).step_by(lanes) {
         // SAFETY: registers that begin below `visible`. Probabilities take no more room than the scores they come from,
@@ -252,20 +235,21 @@ unsafe fn weigh_with<D: Dot, const OWN: bool>(
             let x = s.sub(s.mul_add(s.load(span.scores.add(at)), factor, added(at)), top);
             let p = span.visible_of(s, at, exp2(s, x), s.zero());
             d.store_left(span.scores.cast(), at, p);
-            total = s.add(total, p);
-            if let (true, Some(own)) = (OWN, span.own) {
-                let own = s.mul(p, s.load(own.add(at)));
-                inside = s.add(inside, own);
-                outside = s.add(outside, s.sub(p, own));
+            if let Some(numbers) = span.numbers {
+                s.store(numbers.add(at), p);
             }
+            total = s.add(total, p);
         }
     }
     // SAFETY: the same contract.
     unsafe {
         clear_left(d, span.scores, 0, start);
         clear_left(d, span.scores, span.visible.next_multiple_of(lanes), span.reach);
+        if let Some(numbers) = span.numbers {
+            clear(s, numbers, 0, start);
+        }
     }
-    Sums { total: s.sum(total), own: s.sum(inside), cross: s.sum(outside) }
+    s.sum(total)
 }
 
 /// Zeros as a row of a left operand from number `from`, a whole number of registers, up to `to`.
@@ -277,6 +261,40 @@ pub(crate) unsafe fn clear_left<D: Dot>(d: D, row: *mut D::Real, from: usize, to
     for at in (from..to).step_by(D::Simd::LANES) {
         // SAFETY: the caller's contract.
         unsafe { d.store_left(row.cast(), at, d.simd().zero()) };
+    }
+}
+
+/// Takes the softmax of a row over other keys, `other`, and its weighted sum into a running one.
+///
+/// # Safety
+/// Both sums must be valid for `vectors` registers.
+#[inline(always)]
+pub(crate) unsafe fn join<S: Simd>(
+    s: S,
+    (running, sums): (&mut Running<S::Real>, *mut S::Real),
+    (other, other_sums): (&Running<S::Real>, *const S::Real),
+    vectors: usize,
+) {
+    if !other.seen {
+        return;
+    }
+    running.seen = true;
+    let mut before = S::Real::ONE;
+    if other.top > running.top {
+        before = exp2_one(s, running.top - other.top);
+        running.top = other.top;
+    }
+    let share = if other.top == running.top { S::Real::ONE } else { exp2_one(s, other.top - running.top) };
+    running.total = running.total * before + other.total * share;
+    running.own = running.own * before + other.own * share;
+    running.cross = running.cross * before + other.cross * share;
+    for v in 0..vectors {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let at = sums.add(v * S::LANES);
+            let kept = s.mul(s.load(at), s.splat(before));
+            s.store(at, s.mul_add(s.load(other_sums.add(v * S::LANES)), s.splat(share), kept));
+        }
     }
 }
 
@@ -305,4 +323,26 @@ pub(crate) unsafe fn sum_where<D: Dot>(d: D, p: *const D::Unit, w: *const D::Rea
         sum = unsafe { s.mul_add(d.load_left(p, at), s.load(w.add(at)), sum) };
     }
     s.sum(sum)
+}
+
+/// Sum of `p * w` and of `p * (1 - w)` over `count` keys; what lies past them in the last register must be 0 in `p`.
+///
+/// # Safety
+/// Both must be readable for `count` rounded up to whole registers.
+#[inline(always)]
+pub(crate) unsafe fn split_sum<S: Simd>(
+    s: S,
+    p: *const S::Real,
+    w: *const S::Real,
+    count: usize,
+) -> (S::Real, S::Real) {
+    let (mut inside, mut outside) = (s.zero(), s.zero());
+    let one = s.splat(S::Real::ONE);
+    for at in (0..count).step_by(S::LANES) {
+        // SAFETY: the caller's contract.
+        let (p, w) = unsafe { (s.load(p.add(at)), s.load(w.add(at))) };
+        inside = s.mul_add(p, w, inside);
+        outside = s.mul_add(p, s.sub(one, w), outside);
+    }
+    (s.sum(inside), s.sum(outside))
 }
