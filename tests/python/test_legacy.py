@@ -185,7 +185,8 @@ def test_the_kernel_stands_in_for_flash_attention(name: str):
     model = legacy_models.build(name)
     model.model._use_flash_attention_2 = True
     for layer in model.model.layers:
-        layer.self_attn.__class__ = legacy_models.LLAMA.LlamaFlashAttention2
+        names = legacy_models.namespace(layer.self_attn)
+        layer.self_attn.__class__ = next(names[name] for name in names if name.endswith("FlashAttention2"))
     moda_attn.apply(model)
     randomise(model)
     assert torch.equal(logits(model, **legacy_models.inputs(name, ROWS)), expected)
@@ -439,6 +440,10 @@ def test_what_is_refused(name: str):
             model(**(x | {"attention_mask": None}), past_key_values=cache)
         with pytest.raises(ModaRuntimeError, match="call the model, not its layers"):
             model.model.layers[0].self_attn(torch.zeros(1, 1, 32))
+        model.config.sliding_window = 8
+        with pytest.raises(ModaValueError, match="tokens exceed the sliding window of 8"):
+            model(**x)
+        model.config.sliding_window = None
         model.config._attn_implementation = "sdpa"
         with pytest.raises(ModaRuntimeError, match="after the patch"):
             model(**x)
@@ -466,7 +471,7 @@ def test_attention_weights_are_those_of_the_eager_implementation(name: str):
 def test_models_of_another_make_are_named():
     model = legacy_models.build("llava-standin")
     model.model.layers[1].self_attn = nn.Linear(2, 2)
-    with pytest.raises(ModaValueError, match="text attention Linear; wanted LlamaAttention"):
+    with pytest.raises(ModaValueError, match="text attention Linear; wanted LlamaAttention or MistralAttention"):
         moda_attn.apply(model)
     model = legacy_models.build("llava-standin")
     del model.model.layers[0].self_attn.rotary_emb
