@@ -367,6 +367,29 @@ def test_training_with_checkpointing_has_the_same_gradients(name: str, config: M
         model(**{key: value for key, value in batches[0].items() if key != "labels"})
 
 
+def test_peft_trains_and_saves_moda_or_says_so(name: str, tmp_path: Any):
+    peft = pytest.importorskip(
+        "peft", reason="peft is not installed, or needs a newer transformers", exc_type=ImportError
+    )
+    batch = with_answers(name, ROWS, "right", torch.randint(2, legacy_models.VOCABULARY, (3, 3)))[0]
+    model = patched(name).train()
+    expected = model(**batch).loss
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["moda"]))
+    loss = wrapped(**batch).loss
+    assert torch.equal(loss, expected)
+    loss.backward()
+    trained = {path: parameter for path, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert sum("lora_" in path for path in trained) == 2 * 3
+    assert all(parameter.grad is not None for parameter in trained.values())
+    moda_attn.save_pretrained(wrapped, tmp_path)
+    twin = legacy_models.build(name)
+    moda_attn.load_pretrained(twin, tmp_path)
+    assert torch.equal(logits(twin, **batch), logits(wrapped.eval(), **batch))
+    lost = peft.get_peft_model(patched(name).train(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ModaRuntimeError, match="PEFT neither trains nor saves"):
+        lost(**batch)
+
+
 def test_weights_are_saved_by_layer_index(name: str, tmp_path: Any):
     model = patched(name)
     x = legacy_models.inputs(name, ROWS)
