@@ -31,7 +31,7 @@ test: build
 
 # Other releases of transformers, each in a thin environment over .venv: it holds only what that release wants otherwise.
 RELEASES := 4.57.6 5.17.0
-RELEASE_TESTS := $(addprefix tests/python/test_hf_,models.py structure.py patch.py generate.py io.py)
+RELEASE_TESTS := $(addprefix tests/python/test_hf_,models.py structure.py patch.py generate.py io.py record.py)
 
 PURELIB := "import sysconfig; print(sysconfig.get_path('purelib'))"
 
@@ -42,8 +42,12 @@ $(VENV)-%/.ready: $(VENV)/.libraries
 	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet transformers==$*
 	touch $@
 
-test-transformers: build $(RELEASES:%=$(VENV)-%/.ready)
+# The release that the original LLaVA and Cambrian-1 code pins; its tokenizers has wheels up to Python 3.12.
+LEGACY := 4.37.2
+
+test-transformers: build $(RELEASES:%=$(VENV)-%/.ready) $(VENV)-$(LEGACY)/.ready
 	for release in $(RELEASES); do $(VENV)-$$release/bin/python -m pytest -q -rs $(RELEASE_TESTS) || exit 1; done
+	$(VENV)-$(LEGACY)/bin/python -m pytest -q -rs tests/python/test_legacy.py
 
 check: build
 	cargo fmt --check
