@@ -20,10 +20,11 @@ pub fn select(asked: Option<&str>, available: &[Isa], pays: impl Fn(Isa) -> bool
         None => {
             let (paying, slow): (Vec<Isa>, Vec<Isa>) = available.iter().copied().partition(|&isa| pays(isa));
             let isa = paying.iter().copied().max().unwrap_or(Isa::Scalar);
-            let mut reason = format!("the widest this machine has ({} is available)", names(&paying));
-            if !slow.is_empty() {
-                reason += &format!("; {} would be slower on this CPU", names(&slow));
-            }
+            let widest = format!("the widest this machine has ({} is available)", names(&paying));
+            let reason = match slow[..] {
+                [] => widest,
+                _ => format!("{widest}; {} would be slower on this CPU", names(&slow)),
+            };
             Ok(Choice { isa, reason })
         }
         Some(name) => {

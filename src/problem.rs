@@ -4,7 +4,9 @@ use crate::dtype::{Element, Real};
 use crate::error::{Error, Result};
 use crate::ids::{Ids, MAX_MODALITIES};
 use crate::layout::print_shape;
+use crate::range::KeyRanges;
 use crate::view::{View, ViewMut};
+use std::ops::Range;
 
 /// What the weights of a modality's basis are: `G = sum of k^ᵀ w` over its context tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,12 +56,27 @@ impl Combine {
     }
 }
 
+/// A product of sizes, as large as a number can say.
+fn product<const N: usize>(sizes: [usize; N]) -> usize {
+    sizes.into_iter().fold(1, usize::saturating_mul)
+}
+
 fn option(argument: &'static str, given: String, wanted: &str) -> Error {
     Error::Option { argument, given, wanted: wanted.to_owned() }
 }
 
 fn shape_error(argument: &'static str, given: &[usize], wanted: String) -> Error {
     Error::Shape { argument, given: print_shape(given), wanted }
+}
+
+/// Checks a given number of modalities, against the one of the bias table if there is one.
+pub fn check_modalities(given: usize, table: Option<usize>) -> Result<()> {
+    let wanted = match table {
+        Some(m) if m != given => format!("{m}, the M of modality_bias"),
+        None if !(1..=MAX_MODALITIES).contains(&given) => format!("1 to {MAX_MODALITIES}"),
+        _ => return Ok(()),
+    };
+    Err(option("num_modalities", given.to_string(), &wanted))
 }
 
 fn expect(argument: &'static str, given: &[usize], wanted: &[usize], meaning: &str) -> Result<()> {
@@ -123,6 +140,12 @@ impl<T: Element> AlignProblem<'_, T> {
     pub fn modalities(&self) -> usize {
         self.keep.shape()[0]
     }
+
+    /// About how many multiply-adds forward takes: basis, keep and map of every token, and a map for every modality.
+    pub fn multiply_adds(&self) -> usize {
+        let [b, h, n, d] = self.key.shape();
+        product([b, h, d, d, 3 * n + self.modalities() * d])
+    }
 }
 
 /// Modular masked attention of one batch.
@@ -142,12 +165,16 @@ pub struct AttendProblem<'a, T: Element> {
     pub sink: Option<View<'a, T::Acc, 4>>,
     /// Modality bias (B, Hq, M, M), [query modality, key modality]; (B|1, Hq|1, M, M) before validation.
     pub bias: Option<View<'a, T::Acc, 4>>,
+    /// Key j is visible to query i only inside the range of its row, (B|1, Nq). None: no such limit.
+    pub key_range: Option<&'a KeyRanges>,
     /// Key j is visible to query i only where j <= i + (Nk - Nq).
     pub causal: bool,
     /// Factor on q . k'.
     pub scale: T::Acc,
     /// One softmax or two.
     pub combine: Combine,
+    /// Number of modalities M, where it is given: above every id, and the bias table's.
+    pub num_modalities: Option<usize>,
 }
 
 impl<T: Element> AttendProblem<'_, T> {
@@ -182,6 +209,15 @@ impl<T: Element> AttendProblem<'_, T> {
                 shape_error("modality_bias", &bias.shape(), format!("(B|1, Hq|1, M, M) = ({b}|1, {hq}|1, M, M)"))
             })?);
         }
+        if let Some(m) = self.num_modalities {
+            check_modalities(m, self.bias.map(|bias| bias.shape()[2]))?;
+        }
+        if let Some([rows, queries]) = self.key_range.map(KeyRanges::shape)
+            && ((rows != b && rows != 1) || queries != nq)
+        {
+            let wanted = format!("(B|1, Nq, 2) = ({b}|1, {nq}, 2)");
+            return Err(shape_error("key_range", &[rows, queries, 2], wanted));
+        }
         if !self.scale.is_finite() {
             return Err(option("scale", self.scale.to_string(), "a finite number"));
         }
@@ -189,10 +225,17 @@ impl<T: Element> AttendProblem<'_, T> {
         Ok(self)
     }
 
-    /// Number of modalities M: the bias table's, or as many as the ids span.
+    /// Number of modalities M: the given one or the bias table's, else as many as the ids span.
     pub fn modalities(&self) -> usize {
-        let span = self.modality.span().max(self.query_modality.span()).max(1);
-        self.bias.map_or(span, |bias| bias.shape()[2])
+        let span = || self.modality.span().max(self.query_modality.span()).max(1);
+        self.num_modalities.or(self.bias.map(|bias| bias.shape()[2])).unwrap_or_else(span)
+    }
+
+    /// About how many multiply-adds forward takes: scores and weighted values.
+    pub fn multiply_adds(&self) -> usize {
+        let ([b, hq, nq, d], [_, _, nk, _]) = (self.query.shape(), self.key.shape());
+        let seen = if self.causal && nq > 1 { nk.saturating_sub(nq / 2) } else { nk };
+        product([b, hq, nq, 2 * d, seen])
     }
 
     /// Query heads that read one key head.
@@ -201,10 +244,12 @@ impl<T: Element> AttendProblem<'_, T> {
         hq.checked_div(hkv).unwrap_or(0)
     }
 
-    /// Query i sees only keys `0 .. visible(i)` (and of those not the padding): the causal limit.
-    pub fn visible(&self, i: usize) -> usize {
+    /// The keys that query i of batch row b sees, but for the padding among them: its range within the causal limit.
+    pub fn visible(&self, b: usize, i: usize) -> Range<usize> {
         let (nq, nk) = (self.query.shape()[2], self.key.shape()[2]);
-        if self.causal { (i + 1 + nk).saturating_sub(nq).min(nk) } else { nk }
+        let limit = if self.causal { (i + 1 + nk).saturating_sub(nq).min(nk) } else { nk };
+        let Range { start, end } = self.key_range.map_or(0..nk, |ranges| ranges.get(b, i));
+        if start < end.min(limit) { start..end.min(limit) } else { 0..0 }
     }
 }
 
@@ -252,8 +297,46 @@ pub struct AttendOutputs<'a, T: Element> {
     pub logsumexp: ViewMut<'a, T::Acc, 4>,
     /// `o_self` and `o_cross` (B, Hq, 2, Nq, D), wanted for "split" only: backward needs them apart.
     pub parts: Option<ViewMut<'a, T::Acc, 5>>,
-    /// Attention mass (B, Hq, Nq, 3): on self keys, on cross keys, on the pseudo-scores.
-    pub mass: Option<ViewMut<'a, T::Acc, 4>>,
+    /// Attention mass, where it is wanted.
+    pub mass: Option<Mass<'a, T::Acc>>,
+}
+
+/// How the attention mass of a row is split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MassBy {
+    /// On self keys, on cross keys, on the pseudo-scores.
+    Relation,
+    /// On the keys of modality 0 .. M-1, then on the pseudo-scores.
+    Modality,
+}
+
+impl MassBy {
+    /// Parses the operator's name for it; `None` where no mass is wanted.
+    pub fn parse(name: &str) -> Result<Option<Self>> {
+        match name {
+            "none" => Ok(None),
+            "relation" => Ok(Some(Self::Relation)),
+            "modality" => Ok(Some(Self::Modality)),
+            _ => Err(option("return_mass", format!("{name:?}"), r#"False, True or "modality""#)),
+        }
+    }
+
+    /// Number of columns for M modalities.
+    pub const fn columns(self, modalities: usize) -> usize {
+        match self {
+            Self::Relation => 3,
+            Self::Modality => modalities + 1,
+        }
+    }
+}
+
+/// Where the attention mass goes.
+#[derive(Debug)]
+pub struct Mass<'a, R> {
+    /// What the columns are.
+    pub by: MassBy,
+    /// (B, Hq, Nq, columns).
+    pub values: ViewMut<'a, R, 4>,
 }
 
 /// What backward of attention starts from.

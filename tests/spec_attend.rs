@@ -4,12 +4,13 @@
 mod common;
 
 use common::{
-    AttendCase, AttendOptions, BiasTable, Layout, Padding, Rng, Sinks, Storage, Tensor, assert_close,
+    AttendCase, AttendOptions, BiasTable, Layout, Padding, Ranges, Rng, Sinks, Storage, Tensor, assert_close,
     assert_close_for_size, derivative,
 };
 use moda_attn::dtype::Element;
 use moda_attn::ids::PADDING;
-use moda_attn::problem::Combine;
+use moda_attn::problem::{Combine, MassBy};
+use moda_attn::range::KeyRanges;
 use moda_attn::spec;
 
 /// Σ out · out_gradient, whose gradients backward gives.
@@ -74,6 +75,7 @@ fn gradients_are_the_differences_of_the_output() {
                         layout: rng.pick(&Layout::ALL),
                         sinks: rng.pick(&[Sinks::Absent, Sinks::Usual]),
                         bias: rng.pick(&[BiasTable::Absent, BiasTable::Finite, BiasTable::Forbidding]),
+                        ranges: rng.pick(&Ranges::ALL),
                         storage: rng.pick(&Storage::ALL),
                         ..Default::default()
                     };
@@ -127,6 +129,8 @@ const JOINT: AttendOptions = AttendOptions {
     combine: Combine::Joint,
     sinks: Sinks::Absent,
     bias: BiasTable::Absent,
+    ranges: Ranges::Absent,
+    mass: MassBy::Relation,
     storage: Storage::Contiguous,
     spread: 1.0,
 };
@@ -164,6 +168,34 @@ fn split_normalises_self_and_cross_apart() {
     assert_close("L", &result.logsumexp.values(), &logsumexp, 1e-15);
 }
 
+/// The columns of mass by modality, added up by the query's modality, are those of mass by relation.
+#[test]
+fn mass_by_modality_is_mass_by_relation_in_detail() {
+    let z = [1.0f64, 2.0, 3.0, 4.0].map(f64::ln);
+    let case = with_sink(uniform(&[0, 1, 1, 0], AttendOptions { mass: MassBy::Modality, modalities: 3, ..JOINT }), &z);
+    let wanted = [0.5, 0.0, 0.0, 0.5, 0.25, 0.25, 0.0, 0.5, 1.0 / 6.0, 2.0 / 6.0, 0.0, 0.5, 0.25, 0.25, 0.0, 0.5];
+    assert_close("by modality", &case.truth().mass.values(), &wanted, 1e-15);
+    let mut rng = Rng::new(9);
+    for _ in 0..50 {
+        let mut case = AttendCase::<f64>::random(&mut rng);
+        case.options.mass = MassBy::Relation;
+        let relation = case.truth().mass;
+        case.options.mass = MassBy::Modality;
+        let (modality, m) = (case.truth().mass, case.options.modalities);
+        let [batch, heads, queries, _] = relation.shape;
+        for (b, h, i) in
+            (0..batch * heads * queries).map(|at| (at / queries / heads, at / queries % heads, at % queries))
+        {
+            let own = case.query_modality.row(b)[i];
+            let column = |column: usize| modality.get([b, h, i, column]);
+            let on_self = if own == PADDING { 0.0 } else { column(own as usize) };
+            let every: f64 = (0..m).map(column).sum();
+            let wanted = [0, 1, 2].map(|column| relation.get([b, h, i, column]));
+            assert_close("by relation", &[on_self, every - on_self, column(m)], &wanted, 1e-14);
+        }
+    }
+}
+
 #[test]
 fn bias_moves_mass_between_modalities() {
     let mut case = uniform(&[0, 1], JOINT);
@@ -177,7 +209,7 @@ fn bias_moves_mass_between_modalities() {
 fn the_causal_limit_is_aligned_at_the_bottom_right() {
     let options = AttendOptions { queries: 2, keys: 5, sinks: Sinks::Absent, ..Default::default() };
     let case = AttendCase::<f64>::new(&mut Rng::new(3), options);
-    assert_eq!([0, 1].map(|i| case.problem().visible(i)), [4, 5]);
+    assert_eq!([0, 1].map(|i| case.problem().visible(0, i)), [0..4, 0..5]);
     let options = AttendOptions { queries: 5, keys: 2, sinks: Sinks::Usual, ..Default::default() };
     let case = AttendCase::<f64>::new(&mut Rng::new(3), options);
     let result = case.truth();
@@ -191,14 +223,36 @@ fn the_causal_limit_is_aligned_at_the_bottom_right() {
 }
 
 #[test]
+fn a_query_sees_its_range_within_the_causal_limit() {
+    let ranged = |pairs: &[[i64; 2]], options: AttendOptions| {
+        let mut case = uniform(&[0; 5], options);
+        case.ranges = Some(KeyRanges::from_slice(pairs, [1, 5], 5));
+        case
+    };
+    // A window of two keys.
+    let case = ranged(&[[-1, 9], [0, 9], [1, 9], [2, 9], [3, 9]], JOINT);
+    assert_close("window", &case.truth().out.values(), &[1.0, 1.5, 2.5, 3.5, 4.5], 1e-15);
+    // Two sequences packed in a row, one bidirectional, and a query that sees nothing.
+    let free = AttendOptions { causal: false, ..JOINT };
+    let case = with_sink(ranged(&[[0, 2], [0, 2], [2, 5], [4, 4], [3, 1]], free), &[f64::NEG_INFINITY; 5]);
+    let (result, gradients) = (case.truth(), case.true_gradients());
+    assert_close("packed", &result.out.values(), &[1.5, 1.5, 4.0, 0.0, 0.0], 1e-15);
+    assert_eq!(result.logsumexp.values()[3..], [f64::INFINITY; 2]);
+    assert_eq!(result.mass.values()[9..], [0.0; 6]);
+    assert_eq!(gradients.query.values()[3..], [0.0; 2]);
+    assert_eq!(gradients.sink.unwrap().values()[3..], [0.0; 2]);
+}
+
+#[test]
 fn masses_of_a_joint_row_that_sees_anything_sum_to_one() {
     let mut rng = Rng::new(4);
     for _ in 0..50 {
         let options = AttendOptions { combine: Combine::Joint, ..AttendOptions::random(&mut rng) };
         let case = AttendCase::<f64>::new(&mut rng, options);
         let (mass, logsumexp) = (case.truth().mass.values(), case.truth().logsumexp.values());
-        let sees = |row: usize| logsumexp[row] != f64::INFINITY || mass[3 * row + 2] == 1.0;
-        for (row, mass) in mass.chunks(3).enumerate() {
+        let columns = options.mass.columns(options.modalities);
+        let sees = |row: usize| logsumexp[row] != f64::INFINITY || mass[columns * (row + 1) - 1] == 1.0;
+        for (row, mass) in mass.chunks(columns).enumerate() {
             let wanted = if sees(row) { 1.0 } else { 0.0 };
             assert!((mass.iter().sum::<f64>() - wanted).abs() < 1e-14, "{mass:?} in {options:?}");
         }

@@ -10,6 +10,7 @@ __all__ = [
     "Tensor",
     "_allocate_for_test",
     "_panic_for_test",
+    "_product_rate",
     "align_backward",
     "align_forward",
     "attend_backward",
@@ -81,7 +82,10 @@ def attend_forward(
     scale: float | None,
     sink: _Tensor | None,
     bias: _Tensor | None,
+    key_range: _Tensor | None,
     combine: str,
+    num_modalities: int | None,
+    mass_by: str,
     out: _Tensor,
     lse: _Tensor,
     parts: _Tensor | None,
@@ -98,6 +102,7 @@ def attend_backward(
     scale: float | None,
     sink: _Tensor | None,
     bias: _Tensor | None,
+    key_range: _Tensor | None,
     combine: str,
     d_out: _Tensor,
     out: _Tensor,
@@ -114,6 +119,7 @@ def describe(argument: str, tensor: _Tensor) -> tuple[tuple[int, ...], str, int]
 def build_info() -> dict[str, Any]: ...
 def explain() -> str: ...
 def list_errors() -> list[dict[str, str]]: ...
+def _product_rate(dtype: str, threads: int, seconds: float) -> float: ...
 def _panic_for_test(message: str) -> None: ...
 def _allocate_for_test(bytes: int) -> None: ...
 

@@ -77,7 +77,9 @@ def modular_attention(
     scale: float | None = None,
     sink: Any | None = None,
     modality_bias: Any | None = None,
+    key_range: Any | None = None,
     combine: str = "joint",
+    num_modalities: int | None = None,
     return_mass: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -94,8 +96,10 @@ def modular_attention(
     scale: float | None = None,
     sink: Any | None = None,
     modality_bias: Any | None = None,
+    key_range: Any | None = None,
     combine: str = "joint",
-    return_mass: Literal[True],
+    num_modalities: int | None = None,
+    return_mass: Literal[True, "modality"],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -110,8 +114,10 @@ def modular_attention(
     scale: float | None = None,
     sink: Any | None = None,
     modality_bias: Any | None = None,
+    key_range: Any | None = None,
     combine: str = "joint",
-    return_mass: bool = False,
+    num_modalities: int | None = None,
+    return_mass: bool | Literal["modality"] = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with pseudo-scores and a bias a pair of modalities: :func:`moda_attn.functional.modular_attention`.
 
@@ -123,14 +129,17 @@ def modular_attention(
         scale: factor on q . k, default ``D ** -0.5``.
         sink: (B|1, Hq|1, Nq), for ``"split"`` (B|1, Hq|1, Nq, 2), float32 (float64 for float64 queries).
         modality_bias: (B|1, Hq|1, M, M), the sink's dtype; -inf forbids a pair.
+        key_range: (B|1, Nq, 2), any integer dtype: the first key a query may see and one past the last, clamped.
         combine: ``"joint"`` or ``"split"``.
-        return_mass: also return where the attention went.
+        num_modalities: M, above every id.
+        return_mass: also return where the attention went; ``"modality"`` needs `num_modalities` or `modality_bias`.
 
     Returns:
-        (B, Hq, Nq, D) in the query's dtype; with `return_mass` also (B, Hq, Nq, 3): self, cross, pseudo.
+        (B, Hq, Nq, D) in the query's dtype; with `return_mass` also (B, Hq, Nq, 3): self, cross, pseudo;
+        with ``"modality"`` (B, Hq, Nq, M + 1): each modality, pseudo.
 
     Raises:
         ModaTypeError, ModaValueError: as :func:`moda_attn.functional.modular_attention`.
     """
-    options = (query_modality, is_causal, scale, sink, modality_bias, combine, return_mass)
+    options = (query_modality, is_causal, scale, sink, modality_bias, key_range, combine, num_modalities, return_mass)
     return _arrays.modular_attention(Tensor.zeros, query, key, value, modality, *options)

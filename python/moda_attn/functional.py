@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _op
+from ._mass import mass_by
 from .errors import ModaTypeError, ModaValueError
 
 __all__ = ["duplex_align", "modular_attention", "pseudo_sink"]
@@ -110,7 +111,9 @@ def modular_attention(
     scale: float | None = None,
     sink: Tensor | None = None,
     modality_bias: Tensor | None = None,
+    key_range: Tensor | None = None,
     combine: str = "joint",
+    num_modalities: int | None = None,
     return_mass: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -127,8 +130,10 @@ def modular_attention(
     scale: float | None = None,
     sink: Tensor | None = None,
     modality_bias: Tensor | None = None,
+    key_range: Tensor | None = None,
     combine: str = "joint",
-    return_mass: Literal[True],
+    num_modalities: int | None = None,
+    return_mass: Literal[True, "modality"],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -143,8 +148,10 @@ def modular_attention(
     scale: float | None = None,
     sink: Tensor | None = None,
     modality_bias: Tensor | None = None,
+    key_range: Tensor | None = None,
     combine: str = "joint",
-    return_mass: bool = False,
+    num_modalities: int | None = None,
+    return_mass: bool | Literal["modality"] = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention whose softmax also holds the row's pseudo-scores and a bias a pair of modalities (equations 7 to 10).
 
@@ -163,14 +170,23 @@ def modular_attention(
             keys; float32 (float64 for float64 queries). Default: no pseudo-scores.
         modality_bias: (B|1, Hq|1, M, M), [query modality, key modality], added to the scores; -inf forbids that pair.
             The sink's dtype. Ids must lie below its M.
+        key_range: (B|1, Nq, 2), any integer dtype: query i sees key j only where ``first <= j < last``, beside padding
+            and the causal limit. Bounds outside 0 .. Nk are clamped, so that a window of w keys is ``is_causal=True``
+            with first = i + Nk - Nq - w + 1; a block that sees all of itself, or a prefix, is ``is_causal=False`` with
+            last = its end; packed sequences have first and last = their own. Blocks of keys that no query sees cost
+            nothing. Default: every key.
         combine: ``"joint"``, one softmax over the row (equation 9), or ``"split"``, one over the keys of the query's
             own modality and one over the others, each with its own sink, whose outputs add (equations 7 and 8).
-        return_mass: also return where the attention went.
+        num_modalities: M, above every id and equal to that of `modality_bias`. Only ``return_mass="modality"`` needs
+            it, where there is no `modality_bias`.
+        return_mass: also return where the attention went: True by the relation of key and query, ``"modality"`` by the
+            modality of the key.
 
     Returns:
         o (B, Hq, Nq, D) in the query's dtype, differentiable in query, key, value, sink and modality_bias. With
-        `return_mass` also (B, Hq, Nq, 3) in the sink's dtype: the mass on keys of the query's own modality, on the
-        others and on the pseudo-scores; not differentiable.
+        `return_mass` also the mass in the sink's dtype, not differentiable: (B, Hq, Nq, 3), on keys of the query's own
+        modality, on the others and on the pseudo-scores; with ``"modality"`` (B, Hq, Nq, M + 1), on the keys of each
+        modality and on the pseudo-scores. ``"split"`` has the masses of both softmaxes added.
 
     Raises:
         ModaTypeError: an argument is no tensor, or of a dtype that is not supported here.
@@ -178,11 +194,12 @@ def modular_attention(
             more queries than keys without `query_modality`.
     """
     _check(("query", query), key=key, value=value, modality=modality)
-    _check(("query", query), optional=True, query_modality=query_modality, sink=sink, modality_bias=modality_bias)
+    tables = {"sink": sink, "modality_bias": modality_bias, "key_range": key_range}
+    _check(("query", query), optional=True, query_modality=query_modality, **tables)
     query, key, value = _autocast(query, key, value)
-    out, _, _, mass = _op.modular_attention(
-        query, key, value, modality, query_modality, is_causal, scale, sink, modality_bias, combine, return_mass
-    )
+    by = mass_by(return_mass, num_modalities, has_table=modality_bias is not None)
+    options = (query_modality, is_causal, scale, sink, modality_bias, key_range, combine, num_modalities, by)
+    out, _, _, mass = _op.modular_attention(query, key, value, modality, *options)
     return (out, mass) if return_mass else out
 
 

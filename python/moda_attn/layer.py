@@ -11,7 +11,7 @@ from . import functional as F
 from .aligner import DuplexAligner
 from .config import ModaConfig
 from .mask import LocationPrior, ModularMask, basis_affinity
-from .state import LayerState
+from .state import LayerState, Queries
 
 
 class ModaLayer(nn.Module):
@@ -36,6 +36,7 @@ class ModaLayer(nn.Module):
         super().__init__()
         where: dict[str, Any] = {"dtype": dtype, "device": device}
         self.config = config
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.aligner = DuplexAligner(config, head_dim, **where)
         self.mask = ModularMask(config, num_heads, num_kv_heads, head_dim, **where) if config.mask != "none" else None
         self.prior = LocationPrior(num_heads, **where) if config.location_prior else None
@@ -68,29 +69,57 @@ def attend(
     state: LayerState,
     *,
     scale: float,
+    queries: Queries | None = None,
     return_mass: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Modular causal attention of the last Nq tokens to all N.
+    """Modular attention of Nq tokens to N, causal unless the queries say which keys they see.
 
     Args:
         layer: the layer's parameters; None for plain attention.
         query: (B, Hq, Nq, D); key, value: (B, Hkv, N, D), aligned.
         state: of the N keys.
         scale: of the scores.
+        queries: the Nq tokens; default the last of the N.
         return_mass: also return the attention mass.
 
     Returns:
         The output (B, Hq, Nq, D), and the attention mass (B, Hq, Nq, 3), None where it was not asked for.
     """
-    rows = query.shape[2]
-    options: dict[str, Any] = {"scale": scale}
+    queries = state.queries(query.shape[2]) if queries is None else queries
+    options: dict[str, Any] = {"scale": scale, "query_modality": queries.modality}
+    if queries.key_range is not None:
+        options |= {"key_range": queries.key_range, "is_causal": False}
     if layer is not None:
         options["combine"] = layer.config.combine
         if layer.mask is not None:
-            query_modality = state.modality[:, -rows:]
-            options["sink"] = layer.mask(query, query_modality, state.position[:, -rows:], scale)
+            options["sink"] = layer.mask(query, queries.modality, queries.position, scale)
         if layer.prior is not None:
             options["modality_bias"] = layer.prior(state.affinity)
     if return_mass:
         return F.modular_attention(query, key, value, state.modality, return_mass=True, **options)
     return F.modular_attention(query, key, value, state.modality, **options), None
+
+
+def attention_weights(
+    layer: ModaLayer | None,
+    query: Tensor,
+    key: Tensor,
+    state: LayerState,
+    *,
+    scale: float,
+    queries: Queries | None = None,
+) -> Tensor:
+    """The weights of every key in :func:`attend`, (B, Hq, Nq, N): for looking at, as they take N times the memory.
+
+    A row sums to one less what its pseudo-scores take. They come from the kernel itself: attention to values that are
+    columns of the identity, D keys at a time.
+    """
+    batch, heads, length, dim = key.shape
+    blocks = []
+    for first in range(0, length, dim):
+        width = min(dim, length - first)
+        value = key.new_zeros(length, dim)
+        value[first : first + width, :width].fill_diagonal_(1)
+        value = value.expand(batch, heads, length, dim)
+        blocks.append(attend(layer, query, key, value, state, scale=scale, queries=queries)[0][..., :width])
+    return torch.cat(blocks, dim=-1)

@@ -10,6 +10,7 @@ mod dot;
 pub mod isa;
 pub mod kernel;
 pub mod parallel;
+mod rate;
 mod real;
 pub mod simd;
 
@@ -22,6 +23,7 @@ use crate::problem::{
 use half::{bf16, f16};
 pub use isa::Isa;
 pub use real::CpuReal;
+use std::time::Duration;
 
 /// Calls a generic function with the token of the instruction set that `exec` names; the machine must have it, which
 /// dispatch sees to.
@@ -105,6 +107,9 @@ pub trait CpuElement: Element<Acc: CpuReal> {
         upstream: &AttendUpstream<'_, Self>,
         gradients: &mut AttendGradients<'_, Self>,
     ) -> Result<()>;
+
+    /// Floating point operations a second of a register loop of the products that attention on this dtype is made of.
+    fn product_rate(exec: Exec, duration: Duration) -> f64;
 }
 
 macro_rules! cpu_element {
@@ -134,6 +139,10 @@ macro_rules! cpu_element {
                 gradients: &mut AttendGradients<'_, Self>,
             ) -> Result<()> {
                 with_dot!(exec, $type, dot => attend::backward(dot, exec.threads, problem, upstream, gradients))
+            }
+
+            fn product_rate(exec: Exec, duration: Duration) -> f64 {
+                with_token!(exec, <$type as Element>::Acc, s => rate::rate(s, exec, duration))
             }
         })*
     };

@@ -1,6 +1,6 @@
 //! Modular attention for Python, forward and backward.
 
-use super::arguments::{gradient, ids, output};
+use super::arguments::{gradient, ids, key_range, output};
 use super::call::{compute, for_element};
 use crate::cpu::CpuElement;
 use crate::dlpack::Imported;
@@ -9,7 +9,10 @@ use crate::error::{Error, Result};
 use crate::ids::{Ids, MAX_MODALITIES};
 use crate::layout::print_shape;
 use crate::op;
-use crate::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine};
+use crate::problem::{
+    AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine, Mass, MassBy, check_modalities,
+};
+use crate::range::KeyRanges;
 use crate::view::{RawView, View};
 use pyo3::prelude::*;
 
@@ -24,13 +27,16 @@ struct Inputs<'a> {
     scale: Option<f64>,
     sink: Option<&'a RawView<'a>>,
     bias: Option<&'a RawView<'a>>,
+    key_range: Option<&'a RawView<'a>>,
     combine: Combine,
+    num_modalities: Option<usize>,
 }
 
-/// The ids of keys and queries, read before a problem can borrow them.
+/// The ids of keys and queries and the ranges of the queries, read before a problem can borrow them.
 struct Tokens {
     keys: Ids,
     queries: Ids,
+    ranges: Option<KeyRanges>,
 }
 
 impl Inputs<'_> {
@@ -55,7 +61,11 @@ impl Inputs<'_> {
     }
 
     fn tokens<T: Element>(&self) -> Result<Tokens> {
-        let modalities = self.bias::<T>()?.map_or(MAX_MODALITIES, |bias| bias.shape()[2]);
+        let table = self.bias::<T>()?.map(|bias| bias.shape()[2]);
+        if let Some(given) = self.num_modalities {
+            check_modalities(given, table)?;
+        }
+        let modalities = self.num_modalities.or(table).unwrap_or(MAX_MODALITIES);
         let [b, _, nq, _] = self.query::<T>()?.shape();
         let nk = self.key::<T>()?.shape()[2];
         let keys = ids("modality", self.modality, [b, nk], "(B, Nk)", modalities)?;
@@ -68,7 +78,8 @@ impl Inputs<'_> {
                 wanted: format!("(B, Nk) with Nk >= Nq = {nq}, or query_modality (B, Nq) given"),
             })?
         };
-        Ok(Tokens { keys, queries })
+        let ranges = self.key_range.map(|given| key_range(given, [b, nq], nk)).transpose()?;
+        Ok(Tokens { keys, queries, ranges })
     }
 
     fn problem<'s, T: Element>(&'s self, tokens: &'s Tokens) -> Result<AttendProblem<'s, T>> {
@@ -82,9 +93,11 @@ impl Inputs<'_> {
             query_modality: &tokens.queries,
             sink: self.sink::<T>()?,
             bias: self.bias::<T>()?,
+            key_range: tokens.ranges.as_ref(),
             causal: self.causal,
             scale: T::Acc::from_f64(self.scale.unwrap_or_else(|| dim.sqrt().recip())),
             combine: self.combine,
+            num_modalities: self.num_modalities,
         }
         .validated()
     }
@@ -95,7 +108,7 @@ struct Forward<'a> {
     out: &'a RawView<'a>,
     logsumexp: &'a RawView<'a>,
     parts: Option<&'a RawView<'a>>,
-    mass: Option<&'a RawView<'a>>,
+    mass: Option<(MassBy, &'a RawView<'a>)>,
 }
 
 /// Writes o into `out`, L into `lse` and, where they are given, the two parts of "split" and the attention mass.
@@ -112,7 +125,10 @@ pub(super) fn attend_forward(
     scale: Option<f64>,
     sink: Option<&Bound<'_, PyAny>>,
     bias: Option<&Bound<'_, PyAny>>,
+    key_range: Option<&Bound<'_, PyAny>>,
     combine: &str,
+    num_modalities: Option<usize>,
+    mass_by: &str,
     out: &Bound<'_, PyAny>,
     lse: &Bound<'_, PyAny>,
     parts: Option<&Bound<'_, PyAny>>,
@@ -124,6 +140,7 @@ pub(super) fn attend_forward(
     let modality = Imported::new("modality", modality)?;
     let query_modality = Imported::optional("query_modality", query_modality)?;
     let (sink, bias) = (Imported::optional("sink", sink)?, Imported::optional("modality_bias", bias)?);
+    let key_range = Imported::optional("key_range", key_range)?;
     let (out, lse) = (Imported::writable("out", out)?, Imported::writable("lse", lse)?);
     let parts = parts.map(|parts| Imported::writable("parts", parts)).transpose()?;
     let mass = mass.map(|mass| Imported::writable("mass", mass)).transpose()?;
@@ -137,13 +154,16 @@ pub(super) fn attend_forward(
         scale,
         sink: sink.as_ref().map(Imported::view),
         bias: bias.as_ref().map(Imported::view),
+        key_range: key_range.as_ref().map(Imported::view),
         combine: Combine::parse(combine)?,
+        num_modalities,
     };
+    let by = MassBy::parse(mass_by)?;
     let work = Forward {
         out: out.view(),
         logsumexp: lse.view(),
         parts: parts.as_ref().map(Imported::view),
-        mass: mass.as_ref().map(Imported::view),
+        mass: by.zip(mass.as_ref().map(Imported::view)),
     };
     compute(py, || for_element!(inputs.query, "query", forward(&inputs, &work, threads)))
 }
@@ -154,12 +174,16 @@ fn forward<T: CpuElement>(inputs: &Inputs<'_>, work: &Forward<'_>, threads: usiz
     let [b, hq, nq, d] = problem.query.shape();
     let softmaxes = problem.combine.parts();
     // SAFETY: Python has just allocated the outputs and shares them with nobody before this call returns.
+    let mass = work.mass.map(|(by, mass)| unsafe {
+        output("mass", mass, [b, hq, nq, by.columns(problem.modalities())]).map(|values| Mass { by, values })
+    });
+    // SAFETY: as above.
     let mut outputs = unsafe {
         AttendOutputs::<T> {
             out: output("out", work.out, [b, hq, nq, d])?,
             logsumexp: output("lse", work.logsumexp, [b, hq, softmaxes, nq])?,
             parts: work.parts.map(|parts| output("parts", parts, [b, hq, 2, nq, d])).transpose()?,
-            mass: work.mass.map(|mass| output("mass", mass, [b, hq, nq, 3])).transpose()?,
+            mass: mass.transpose()?,
         }
     };
     op::modular_attention(&problem, &mut outputs, threads)
@@ -193,6 +217,7 @@ pub(super) fn attend_backward(
     scale: Option<f64>,
     sink: Option<&Bound<'_, PyAny>>,
     bias: Option<&Bound<'_, PyAny>>,
+    key_range: Option<&Bound<'_, PyAny>>,
     combine: &str,
     d_out: &Bound<'_, PyAny>,
     out: &Bound<'_, PyAny>,
@@ -210,6 +235,7 @@ pub(super) fn attend_backward(
     let modality = Imported::new("modality", modality)?;
     let query_modality = Imported::optional("query_modality", query_modality)?;
     let (sink, bias) = (Imported::optional("sink", sink)?, Imported::optional("modality_bias", bias)?);
+    let key_range = Imported::optional("key_range", key_range)?;
     let (d_out, out) = (Imported::new("d_out", d_out)?, Imported::new("out", out)?);
     let (lse, parts) = (Imported::new("lse", lse)?, Imported::optional("parts", parts)?);
     let d_query = Imported::writable("d_query", d_query)?;
@@ -226,7 +252,9 @@ pub(super) fn attend_backward(
         scale,
         sink: sink.as_ref().map(Imported::view),
         bias: bias.as_ref().map(Imported::view),
+        key_range: key_range.as_ref().map(Imported::view),
         combine: Combine::parse(combine)?,
+        num_modalities: None,
     };
     let work = Backward {
         d_out: d_out.view(),

@@ -1,13 +1,15 @@
 //! Random attention problems.
 
 use super::close::{assert_close, assert_close_for_size, assert_each_close, tolerance};
+use super::ranges::Ranges;
 use super::rng::{Rng, narrow};
 use super::sizes::Sizes;
 use super::tensor::{Storage, Tensor};
 use super::tokens::{self, Layout, Padding};
 use moda_attn::dtype::{Element, Real};
 use moda_attn::ids::{Ids, PADDING};
-use moda_attn::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine};
+use moda_attn::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine, Mass, MassBy};
+use moda_attn::range::KeyRanges;
 use moda_attn::spec;
 use moda_attn::view::ViewMut;
 
@@ -51,6 +53,8 @@ pub(crate) struct AttendOptions {
     pub(crate) combine: Combine,
     pub(crate) sinks: Sinks,
     pub(crate) bias: BiasTable,
+    pub(crate) ranges: Ranges,
+    pub(crate) mass: MassBy,
     pub(crate) storage: Storage,
     /// Standard deviation of queries and keys.
     pub(crate) spread: f64,
@@ -72,6 +76,8 @@ impl Default for AttendOptions {
             combine: Combine::Joint,
             sinks: Sinks::Usual,
             bias: BiasTable::Finite,
+            ranges: Ranges::Absent,
+            mass: MassBy::Relation,
             storage: Storage::Contiguous,
             spread: 1.0,
         }
@@ -104,6 +110,8 @@ impl AttendOptions {
             bias: rng.pick(&[BiasTable::Absent, BiasTable::Finite, BiasTable::Shared, BiasTable::Forbidding]),
             storage: rng.pick(&Storage::ALL),
             spread: rng.pick(&[0.1, 1.0, 2.0]),
+            ranges: rng.pick(&Ranges::ALL),
+            mass: rng.pick(&[MassBy::Relation, MassBy::Modality]),
         }
     }
 }
@@ -120,6 +128,7 @@ pub(crate) struct AttendCase<T: Element> {
     pub(crate) query_modality: Ids,
     pub(crate) sink: Option<Tensor<T::Acc, 4>>,
     pub(crate) bias: Option<Tensor<T::Acc, 4>>,
+    pub(crate) ranges: Option<KeyRanges>,
     pub(crate) scale: T::Acc,
     pub(crate) out_gradient: Tensor<T, 4>,
 }
@@ -144,8 +153,9 @@ impl<T: Element> AttendCase<T> {
         let value = tensor([batch, key_heads, keys, dim], 1.0, &modality);
         let out_gradient = Tensor::new(rng.normals(query.len(), 1.0), query.shape).stored(storage);
         let (sink, bias) = (sinks(rng, options), bias(rng, options));
+        let ranges = options.ranges.draw(rng, [batch, queries, keys]);
         let scale = T::Acc::from_f64((dim as f64).powf(-0.5));
-        Self { options, query, key, value, modality, query_modality, sink, bias, scale, out_gradient }
+        Self { options, query, key, value, modality, query_modality, sink, bias, ranges, scale, out_gradient }
     }
 
     pub(crate) fn random(rng: &mut Rng) -> Self {
@@ -162,9 +172,11 @@ impl<T: Element> AttendCase<T> {
             query_modality: &self.query_modality,
             sink: self.sink.as_ref().map(Tensor::view),
             bias: self.bias.as_ref().map(Tensor::view),
+            key_range: self.ranges.as_ref(),
             causal: self.options.causal,
             scale: self.scale,
             combine: self.options.combine,
+            num_modalities: Some(self.options.modalities),
         };
         problem.validated().unwrap()
     }
@@ -180,6 +192,7 @@ impl<T: Element> AttendCase<T> {
             query_modality: self.query_modality.clone(),
             sink: self.sink.as_ref().map(Tensor::widened),
             bias: self.bias.as_ref().map(Tensor::widened),
+            ranges: self.ranges.clone(),
             scale: self.scale.to_f64(),
             out_gradient: self.out_gradient.widened(),
         }
@@ -190,14 +203,14 @@ impl<T: Element> AttendCase<T> {
         &self,
         kernel: impl FnOnce(&AttendProblem<'_, T>, &mut AttendOutputs<'_, T>),
     ) -> AttendBuffers<T> {
-        let AttendOptions { batch, heads, queries, dim, combine, .. } = self.options;
+        let AttendOptions { batch, heads, queries, dim, modalities, combine, mass, .. } = self.options;
         let mut result = AttendBuffers {
             out: Tensor::poisoned([batch, heads, queries, dim]),
             logsumexp: Tensor::poisoned([batch, heads, combine.parts(), queries]),
             parts: (combine == Combine::Split).then(|| Tensor::poisoned([batch, heads, 2, queries, dim])),
-            mass: Tensor::poisoned([batch, heads, queries, 3]),
+            mass: Tensor::poisoned([batch, heads, queries, mass.columns(modalities)]),
         };
-        kernel(&self.problem(), &mut result.views());
+        kernel(&self.problem(), &mut result.views(mass));
         result
     }
 
@@ -313,12 +326,12 @@ pub(crate) struct AttendBuffers<T: Element> {
 }
 
 impl<T: Element> AttendBuffers<T> {
-    pub(crate) fn views(&mut self) -> AttendOutputs<'_, T> {
+    pub(crate) fn views(&mut self, by: MassBy) -> AttendOutputs<'_, T> {
         AttendOutputs {
             out: writable(&mut self.out),
             logsumexp: writable(&mut self.logsumexp),
             parts: self.parts.as_mut().map(writable),
-            mass: Some(writable(&mut self.mass)),
+            mass: Some(Mass { by, values: writable(&mut self.mass) }),
         }
     }
 }

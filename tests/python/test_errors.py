@@ -93,6 +93,10 @@ SHAPES: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (attention, {"modality_bias": zeros(1, 1, M, M + 1)}, r"modality_bias has shape \(1, 1, 3, 4\)"),
     (attention, {"modality_bias": zeros(1, 1, M, 1)}, r"modality_bias has shape \(1, 1, 3, 1\)"),
     (attention, {"modality_bias": zeros(1, HKV, M, M)}, r"modality_bias has shape \(1, 2, 3, 3\)"),
+    (attention, {"key_range": ids(B, NQ)}, r"key_range has shape \(2, 5\); wanted \(B\|1, Nq, 2\) = \(2\|1, 5, 2\)"),
+    (attention, {"key_range": ids(B, NQ, 3)}, r"key_range has shape \(2, 5, 3\); wanted"),
+    (attention, {"key_range": ids(B, NQ + 1, 2)}, r"key_range has shape \(2, 6, 2\); wanted"),
+    (attention, {"key_range": ids(3, NQ, 2)}, r"key_range has shape \(3, 5, 2\); wanted"),
     (attention, {"query": zeros(B, HQ, NQ + 2, D)}, r"modality has shape \(2, 5\); wanted .* query_modality .* given"),
     (align, {"key": zeros(B, NQ, D)}, r"key has shape \(2, 5, 8\)"),
     (align, {"value": zeros(B, HKV, NQ, D - 1)}, r"value has shape \(2, 2, 5, 7\); wanted \(2, 2, 5, 8\)"),
@@ -143,6 +147,32 @@ def test_without_a_table_any_modality_id_goes_but_one_below_padding():
         attention(modality=ids(B, NQ) - 2)
 
 
+def test_a_given_number_of_modalities_bounds_the_ids():
+    assert attention(modality=ids(B, NQ) + 1, num_modalities=2).shape == (B, HQ, NQ, D)
+    with pytest.raises(errors.ModaValueError, match=r"modality\[0, 0\] is 2; wanted a modality id from .* to 1"):
+        attention(modality=ids(B, NQ) + 2, num_modalities=2)
+
+
+def numpy_attention(**changed: Any) -> Any:
+    array = np.zeros((1, 1, 3, 4), np.float32)
+    return N.modular_attention(array, array, array, np.zeros((1, 3), int), **changed)
+
+
+@pytest.mark.parametrize("operator", [attention, numpy_attention])
+def test_a_mass_that_is_not_to_be_had(operator: Callable[..., Any]):
+    for mass in ("modal", 1, None):
+        with pytest.raises(errors.ModaValueError, match=f'return_mass is {mass!r}; wanted False, True or "modality"'):
+            operator(return_mass=mass)
+    with pytest.raises(errors.ModaValueError, match="num_modalities is None; wanted the number of modalities, or a"):
+        operator(return_mass="modality")
+    for count in (2.0, "2", True):
+        with pytest.raises(errors.ModaTypeError, match=f"num_modalities is a {type(count).__name__}; wanted an int"):
+            operator(return_mass="modality", num_modalities=count)
+    for count in (0, -3):
+        with pytest.raises(errors.ModaValueError, match=f"num_modalities is {count}; wanted 1 or more"):
+            operator(num_modalities=count)
+
+
 VAST = 2**40
 
 
@@ -151,6 +181,7 @@ VAST = 2**40
     [
         (attention, {"modality": ids(1, 1).expand(B, VAST)}),
         (attention, {"query_modality": ids(1, 1).expand(B, VAST)}),
+        (attention, {"key_range": ids(1, 1, 1).expand(B, VAST, 2)}),
         (align, {"modality": ids(1, 1).expand(VAST, NQ)}),
         (align, {"context": ids(1, 1).bool().expand(B, VAST)}),
         (align, {"mix": zeros(1, 1, 1).expand(VAST, D, D)}),
@@ -175,6 +206,8 @@ DTYPES: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (attention, {"query_modality": zeros(B, NQ).cfloat()}, "query_modality has dtype complex64"),
     (attention, {"sink": zeros(B, HQ, NQ).double()}, "sink has dtype float64; wanted float32"),
     (attention, {"modality_bias": zeros(1, 1, M, M).half()}, "modality_bias has dtype float16; wanted float32"),
+    (attention, {"key_range": zeros(B, NQ, 2)}, "key_range has dtype float32; wanted an integer dtype"),
+    (attention, {"key_range": zeros(B, NQ, 2).bool()}, "key_range has dtype bool; wanted an integer dtype"),
     (align, {"key": ids(B, HKV, NQ, D)}, "key has dtype int64"),
     (align, {"value": zeros(B, HKV, NQ, D).half()}, "value has dtype float16; wanted float32"),
     (align, {"keep": zeros(M, D, D).double()}, "keep has dtype float64; wanted float32"),
@@ -199,6 +232,12 @@ OPTIONS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (attention, {"combine": "both"}, 'combine is "both"; wanted "joint" or "split"'),
     (attention, {"scale": float("nan")}, "scale is NaN; wanted a finite number"),
     (attention, {"scale": float("inf")}, "scale is inf"),
+    (attention, {"num_modalities": 257}, "num_modalities is 257; wanted 1 to 256"),
+    (
+        attention,
+        {"num_modalities": 2, "modality_bias": zeros(1, 1, M, M)},
+        "num_modalities is 2; wanted 3, the M of modality_bias",
+    ),
     (align, {"kind": "cov"}, 'kind is "cov"; wanted "gram" or "covariance"'),
     (align, {"eps": -1e-6}, "eps is -0.000001; wanted a finite number >= 0"),
     (align, {"eps": float("nan")}, "eps is NaN"),
@@ -218,7 +257,7 @@ TENSORS = {
     align: ("key", "value", "modality", "keep", "mix"),
     sink: ("position", "query_modality", "decay", "base"),
 }
-OPTIONAL = {attention: ("query_modality", "sink", "modality_bias"), align: ("context", "basis"), sink: ()}
+OPTIONAL = {attention: ("query_modality", "sink", "modality_bias", "key_range"), align: ("context", "basis"), sink: ()}
 
 
 @pytest.mark.parametrize("operator", TENSORS, ids=lambda f: f.__name__)

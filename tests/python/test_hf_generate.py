@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import moda_attn
 import tiny
+from decoding import TOLERANCE, difference, generated, one_shot, patched, step_by_step
 from moda_attn import ModaConfig
 from moda_attn.errors import ModaRuntimeError, ModaValueError
 from moda_attn.hf import seam
@@ -21,56 +21,6 @@ CONFIGS = {
     "released": ModaConfig.released(),
     "mlp": ModaConfig(aligner="mlp2_gelu", mask="fixed"),
 }
-#: Allowed difference of float32 logits that are of size 1.
-TOLERANCE = 1e-5
-
-
-def patched(family: str = "llava-llama", config: ModaConfig | None = None, **options) -> nn.Module:
-    model = tiny.build(family)
-    moda_attn.apply(model, config, **options)
-    tiny.randomise(model)
-    return model
-
-
-def one_shot(model: nn.Module, x: dict[str, Tensor], continuation: Tensor) -> Tensor:
-    """Logits that predict each continuation token, from one forward over prompt and continuation, as in training."""
-    ids = torch.cat([x["input_ids"], continuation], dim=1)
-    labels = torch.cat([torch.full_like(x["input_ids"], -100), continuation], dim=1)
-    mask = torch.cat([x["attention_mask"], torch.ones_like(continuation)], dim=1)
-    with torch.no_grad():
-        out = model(**(x | {"input_ids": ids, "attention_mask": mask}), labels=labels)
-    return out.logits[:, x["input_ids"].shape[1] - 1 : -1]
-
-
-def step_by_step(model: nn.Module, x: dict[str, Tensor], continuation: Tensor) -> Tensor:
-    """The same logits by hand-made decoding: a prefill, then one token at a time."""
-    mask, rows = x["attention_mask"], []
-    with torch.no_grad():
-        out = model(**x, use_cache=True)
-        for token in continuation.unbind(1):
-            rows.append(out.logits[:, -1])
-            mask = torch.cat([mask, torch.ones_like(token[:, None])], dim=1)
-            out = model(input_ids=token[:, None], attention_mask=mask, past_key_values=out.past_key_values)
-    return torch.stack(rows, dim=1)
-
-
-def generated(model: nn.Module, x: dict[str, Tensor], steps: int = 6, **options) -> tuple[Tensor, Tensor]:
-    """Greedy continuation and the logits it was chosen from."""
-    out = model.generate(
-        **x,
-        max_new_tokens=steps,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        # A one-shot forward would take a generated placeholder for an image's.
-        suppress_tokens=[tiny.IMAGE],
-        **options,
-    )
-    return out.sequences[:, x["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -99,7 +49,9 @@ def test_forgetting_the_basis_would_be_noticed(monkeypatch: pytest.MonkeyPatch):
     model = patched()
     x = tiny.inputs("llava-llama", ["TTITTT", "TITTTTITT"])
     kept = seam.remember
-    monkeypatch.setattr(seam, "remember", lambda cache, layer, state: kept(cache, layer, replace(state, basis=None)))
+    monkeypatch.setattr(
+        seam, "remember", lambda cache, layer, state, *rest: kept(cache, layer, replace(state, basis=None), *rest)
+    )
     tokens, steps = generated(model, x)
     assert difference(steps, one_shot(model, x, tokens)) > 0.1
 
@@ -118,7 +70,9 @@ def test_other_caches_give_the_same_logits(options: dict, config: ModaConfig):
 def test_beam_search_keeps_each_beam_its_own_state():
     """The score of every returned sequence equals the sum of its log probabilities from an independent forward."""
     model = patched()
-    x = tiny.inputs("llava-llama", ["TTITTT", "TITTTTITT"])
+    # Older releases of transformers mix up the beams' images where rows have different numbers of them.
+    images = 2 if tiny.RELEASE >= (5, 18) else 1
+    x = tiny.inputs("llava-llama", ["TTITTT", "TITTTTITT" if images == 2 else "TTITTTTTTTTT"])
     out = model.generate(
         **x,
         max_new_tokens=6,
@@ -133,9 +87,9 @@ def test_beam_search_keeps_each_beam_its_own_state():
     length = x["input_ids"].shape[1]
     for index, sequence in enumerate(out.sequences):
         row = index // 4
-        images = slice(0, 1) if row == 0 else slice(1, 3)
+        own = slice(0, 1) if row == 0 else slice(1, 1 + images)
         alone = {name: x[name][row : row + 1] for name in ("input_ids", "attention_mask")}
-        alone["pixel_values"] = x["pixel_values"][images]
+        alone["pixel_values"] = x["pixel_values"][own]
         tokens = sequence[None, length:]
         chosen = one_shot(model, alone, tokens).log_softmax(-1).gather(-1, tokens[..., None])
         assert chosen.sum().item() == pytest.approx(out.sequences_scores[index].item(), abs=1e-4)
@@ -280,6 +234,8 @@ def test_a_cache_survives_crop_and_reset():
         expected = model(input_ids=token, past_key_values=cache).logits
         cache.crop(-1)
         assert torch.equal(model(input_ids=token, past_key_values=cache).logits, expected)
+        if tiny.RELEASE < (5, 18):
+            return  # a dynamic cache's `reset` makes zeros of its keys there, and keeps them
         cache.reset()
         model(**x, past_key_values=cache)
         assert torch.equal(model(input_ids=token, past_key_values=cache).logits, expected)
@@ -298,19 +254,3 @@ def test_a_later_turn_is_aligned_with_the_prompts_bases():
     assert difference(torch.cat([out.logits[:, -1:], later[:, :-1]], dim=1), expected) < TOLERANCE
     with pytest.raises(ModaValueError, match="images in a call on a cache of 13 tokens"):
         model(**x, past_key_values=cache)
-
-
-def test_a_chunked_prefill_is_refused():
-    model = patched()
-    x = tiny.inputs("llava-llama", ["TTITTT"])
-    with pytest.raises(ModaValueError, match="prefill_chunk_size"):
-        model.generate(**x, max_new_tokens=2, prefill_chunk_size=4)
-
-
-def test_assisted_decoding_keeps_drafts_out_of_the_basis():
-    model = patched()
-    x = tiny.inputs("llava-llama", ["TTITTTTITTTTTT"])
-    tokens, steps = generated(model, x)
-    again, other = generated(model, x, prompt_lookup_num_tokens=3)
-    assert torch.equal(tokens, again)
-    assert difference(steps, other) < TOLERANCE

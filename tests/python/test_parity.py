@@ -60,6 +60,7 @@ def attention_cases(draw: st.DrawFn) -> Case:
         scale=draw(st.sampled_from([None, 0.05, 0.3, -0.2])),
         sink=draw(st.sampled_from(parity.SINKS)),
         bias=draw(st.sampled_from(parity.BIASES)),
+        ranges=draw(st.sampled_from(parity.RANGES)),
         combine=draw(st.sampled_from(["joint", "split"])),
     )
 
@@ -80,7 +81,8 @@ def align_cases(draw: st.DrawFn) -> Case:
 @SETTINGS
 @given(case=attention_cases())
 def test_attention(dtype: torch.dtype, case: Case):
-    check("modular_attention", attention_problem(case, dtype), dtype, return_mass=True)
+    mass = "modality" if case.seed % 2 else True
+    check("modular_attention", attention_problem(case, dtype), dtype, return_mass=mass)
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
@@ -98,7 +100,9 @@ def test_attention_at_notable_lengths(length: int, is_causal: bool, combine: str
     options = {"is_causal": is_causal, "combine": combine, "sink": "plain", "bias": "plain"}
     case = Case(length=length, heads=2 if length > 500 else 8, modalities=3, padding="left", dim=40, **options)
     problem = attention_problem(case, dtype)
-    check("modular_attention", problem, dtype, beside_eager=length >= 63, return_mass=True)
+    # How well eager does on one small problem is luck: float32 problems of that size are pooled further down.
+    enough = 111 if dtype == torch.float32 else 63
+    check("modular_attention", problem, dtype, beside_eager=length >= enough, return_mass=True)
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
@@ -134,6 +138,7 @@ def assorted(rows: str, count: int = 80) -> Iterator[Case]:
             context=draw.choice(parity.CONTEXTS),
             fusion=draw.choice(parity.FUSIONS),
             given_basis=draw.random() < 0.3,
+            ranges=draw.choice(parity.RANGES),
             seed=seed,
         )
 

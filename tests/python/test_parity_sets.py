@@ -11,7 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-SETS = ("scalar", "avx2", "avx512")
+SETS = ("scalar", "avx2", "avx512", "avx512bf16")
 
 SUBSET = """
 import torch
@@ -26,11 +26,14 @@ cases = [
     Case(length=111, heads=4, kv_heads=2, dim=40, modalities=3, padding="left", sink="extreme", bias="forbidding"),
     Case(length=63, batch=2, dim=33, modalities=4, padding="right", combine="split", image="interleaved", kind="gram"),
     Case(length=257, dim=8, is_causal=False, rows=3, sink="shared", bias="shared", context="prompt", given_basis=True),
+    Case(length=300, dim=24, modalities=3, ranges="window", padding="left"),
+    Case(length=300, dim=24, is_causal=False, combine="split", ranges="any", rows=140),
     Case(length=1, dim=160, layouts=("strided", "columns", "broadcast")),
 ]
 for dtype in parity.DTYPES:
     for case in cases:
-        check("modular_attention", attention_problem(case, dtype), dtype, return_mass=True)
+        mass = "modality" if case.ranges == "window" else True
+        check("modular_attention", attention_problem(case, dtype), dtype, return_mass=mass)
         check("duplex_align", align_problem(case, dtype), dtype)
 print(moda_attn.build_info()["isa"], len(cases) * len(parity.DTYPES))
 """
@@ -55,6 +58,8 @@ for call in (lambda: F.modular_attention(x, x, x, ids), lambda: F.duplex_align(x
 def machine_has(name: str) -> bool:
     """What torch finds on this machine, so that the extension is not asked about itself."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
+    if name == "avx512bf16":
+        return capability == "avx512" and torch.cpu._is_avx512_bf16_supported()
     return name == "scalar" or SETS.index(name) <= (SETS.index(capability) if capability in SETS else 0)
 
 
@@ -70,7 +75,7 @@ def test_every_instruction_set_is_the_reference(name: str):
     """A set this machine lacks must say so by name: then, and only then, is there nothing to compare."""
     if machine_has(name):
         done = run(SUBSET, name)
-        assert done.stdout.split() == [name, "16"], done.stderr
+        assert done.stdout.split() == [name, "24"], done.stderr
     else:
         assert_refused(name)
 

@@ -1,19 +1,21 @@
 //! Forward: online softmax over key blocks, the sink in the running maximum, mass in the same pass.
 
-use super::mask::{Block, Content, Part, Row, Tables};
+use super::decode;
+use super::finish::Finish;
+use super::mask::{Block, Content, Part, Tables};
+use super::mass::{Masses, Scored};
 use super::plan::{KEYS, ROWS, RowBlock, Sizes, row_blocks};
-use super::rows::{RowInfo, Tile, infos, tiles};
+use super::rows::{RowInfo, Tile, infos, key_blocks, tiles};
 use crate::cpu::buffer::Buffer;
 use crate::cpu::dot::Dot;
-use crate::cpu::kernel::exp2::exp2_one;
 use crate::cpu::kernel::gemm::{Left, Right, Size, Target};
 use crate::cpu::kernel::pack;
-use crate::cpu::kernel::softmax::{Running, Span, clear_left, follow, settle};
+use crate::cpu::kernel::softmax::{Running, Span, clear_left, follow, settle, split_sum};
 use crate::cpu::simd::{Simd, Task};
 use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
-use crate::problem::{AttendOutputs, AttendProblem};
+use crate::problem::{AttendOutputs, AttendProblem, MassBy};
 use std::ops::Range;
 
 pub(in crate::cpu) fn run<D, T>(
@@ -32,12 +34,16 @@ where
     if units == 0 || blocks.is_empty() {
         return Ok(());
     }
+    let mass = outputs.mass.as_ref().map(|mass| mass.by);
+    if decode::suits(&sizes, mass) {
+        return decode::run(d.simd(), threads, problem, outputs, sizes);
+    }
     // A task is a share of one key head's row blocks: whole heads where there are enough of them, so that keys are
     // packed once. Rows are independent, so the shares may depend on the threads.
     let shares = if threads == 1 { 1 } else { (4 * threads).div_ceil(units).min(blocks.len()) };
     let tasks = units * shares;
     let outputs = &*outputs;
-    let worker = |_| Worker::new(d, problem, sizes, outputs.mass.is_some());
+    let worker = |_| Worker::new(d, problem, sizes, mass);
     let mut workers = (0..threads.min(tasks)).map(worker).collect::<Result<Vec<_>>>()?;
     parallel::run(&mut workers, tasks, |worker, task| {
         let (unit, share) = (task / shares, task % shares);
@@ -72,7 +78,7 @@ struct Worker<'a, D: Dot, T: Element<Acc = D::Real>> {
     d: D,
     problem: &'a AttendProblem<'a, T>,
     sizes: Sizes,
-    wants_mass: bool,
+    mass: Option<MassBy>,
     /// Whose keys are packed.
     packed: Option<[usize; 2]>,
     // Operands are kept as numbers of the same size: see `Dot::Unit`.
@@ -90,17 +96,20 @@ struct Worker<'a, D: Dot, T: Element<Acc = D::Real>> {
     tables: Tables<D::Real>,
     infos: Vec<RowInfo>,
     running: Vec<Running<D::Real>>,
+    masses: Masses<D::Real>,
+    /// A row's probabilities for a block of keys before they were rounded to an operand, for its mass.
+    numbers: Buffer<D::Real>,
 }
 
 impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
-    fn new(d: D, problem: &'a AttendProblem<'a, T>, sizes: Sizes, wants_mass: bool) -> Result<Self> {
+    fn new(d: D, problem: &'a AttendProblem<'a, T>, sizes: Sizes, mass: Option<MassBy>) -> Result<Self> {
         let padded = sizes.keys.next_multiple_of(2 * D::Simd::LANES);
         let rows = ROWS.min(sizes.group * sizes.queries);
         Ok(Self {
             d,
             problem,
             sizes,
-            wants_mass,
+            mass,
             packed: None,
             key_panels: Buffer::new(padded * sizes.units, "packed keys")?,
             values: Buffer::new(sizes.keys.div_ceil(D::DEPTH) * sizes.stride, "packed values")?,
@@ -113,6 +122,8 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             tables: Tables::new(&sizes)?,
             infos: Vec::with_capacity(rows),
             running: Vec::with_capacity(rows),
+            masses: Masses::new(rows, if mass == Some(MassBy::Modality) { sizes.modalities } else { 0 })?,
+            numbers: Buffer::new(if D::DEPTH > 1 { KEYS } else { 0 }, "a row of probabilities")?,
         })
     }
 
@@ -156,15 +167,13 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         self.pack_queries(block, [b, h]);
         for (index, &part) in Part::all(self.sizes.parts).iter().enumerate() {
             self.start([b, index]);
-            let most = self.infos.iter().map(|info| info.visible).max().unwrap_or(0);
-            for key_block in 0..most.div_ceil(KEYS) {
-                let admitted = |content: Content| match content {
-                    Content::Mixed { .. } => true,
-                    Content::Uniform(key) => self.infos.iter().any(|info| part.admits(info.row.modality, key)),
-                };
-                if admitted(self.contents[key_block]) {
-                    self.key_block(b, key_block, part);
-                }
+            let admitted = |block: &usize| match self.contents[*block] {
+                Content::Mixed { .. } => true,
+                Content::Uniform(key) => self.infos.iter().any(|info| part.admits(info.row.modality, key)),
+            };
+            let blocks: Vec<usize> = key_blocks(&self.infos, &self.sizes).filter(admitted).collect();
+            for key_block in blocks {
+                self.key_block(b, key_block, part);
             }
             self.finish([b, index], outputs);
         }
@@ -197,6 +206,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             Running::new(sink.map_or(D::Real::NEG_INFINITY, |sink| sink * D::Real::LOG2_E))
         }));
         self.sums.fill(D::Real::ZERO);
+        self.masses.start();
     }
 
     /// Scores, softmax and weighted values of one key block.
@@ -207,74 +217,75 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         let ids = &self.problem.modality.row(b)[range.clone()];
         let keys = Block { batch: b, ids, content: self.contents[index], part };
         self.tables.clear();
-        let from = range.start / D::DEPTH * stride;
-        let tiles: Vec<Tile> = tiles(&self.infos, &range, D::Simd::TALL).collect();
-        for Tile { rows, reach } in tiles {
-            self.scores(&range, rows.clone(), reach);
+        self.masses.block(ids);
+        let tiles: Vec<Tile> = tiles(self.d.simd(), &self.infos, &range).collect();
+        for Tile { rows, keys: near } in tiles {
+            self.scores(&range, rows.clone(), &near);
             for row in rows.clone() {
-                let visible = self.infos[row].sees(&range);
-                if visible > 0 {
-                    self.row(keys, &range, row, [visible, reach]);
-                } else {
+                let seen = self.infos[row].sees(&range);
+                if seen.is_empty() {
                     // SAFETY: the row's scores hold a whole block of keys.
-                    unsafe { clear_left(self.d, self.scores.as_mut_ptr().add(row * score_stride), 0, reach) };
+                    unsafe {
+                        let scores = self.scores.as_mut_ptr().add(row * score_stride + near.start);
+                        clear_left(self.d, scores, 0, near.len());
+                    }
+                } else {
+                    self.row(keys, &range, row, [&seen, &near]);
                 }
             }
-            let size = Size { rows: rows.len(), vectors, depth: reach.div_ceil(D::DEPTH) };
-            // SAFETY: the tile's probabilities for `reach` keys, those keys' values, and the tile's sums.
+            let size = Size { rows: rows.len(), vectors, depth: near.len().div_ceil(D::DEPTH) };
+            // SAFETY: the tile's probabilities for the keys `near`, those keys' values, and the tile's sums.
             unsafe {
-                let pointer = self.scores.as_ptr().add(rows.start * score_stride).cast();
+                let pointer = self.scores.as_ptr().add(rows.start * score_stride + near.start).cast();
                 let left = Left { pointer, row_stride: score_stride, depth_stride: 1 };
-                let values = Right::rows(self.d, self.values.as_ptr().add(from).cast(), stride);
+                let values = self.values.as_ptr().add((range.start + near.start) / D::DEPTH * stride);
+                let values = Right::rows(self.d, values.cast(), stride);
                 let pointer = self.sums.as_mut_ptr().add(rows.start * stride);
                 self.d.product(size, left, values, Target { pointer, row_stride: stride, accumulate: true });
             }
         }
     }
 
-    /// Products of some queries with the first `reach` keys of a block.
+    /// Products of some queries with the keys `near` of a block, which begin with a whole panel.
     #[inline(always)]
-    fn scores(&mut self, range: &Range<usize>, rows: Range<usize>, reach: usize) {
+    fn scores(&mut self, range: &Range<usize>, rows: Range<usize>, near: &Range<usize>) {
         let Sizes { units, stride, score_stride, .. } = self.sizes;
-        let size = Size { rows: rows.len(), vectors: reach.div_ceil(D::Simd::LANES), depth: units };
+        let size = Size { rows: rows.len(), vectors: near.len().div_ceil(D::Simd::LANES), depth: units };
         // SAFETY: rows of the block, and panels up to the keys they reach; scores hold a whole block of keys.
         unsafe {
             let query = self.query.as_ptr().add(rows.start * stride).cast();
             let left = Left { pointer: query, row_stride: stride, depth_stride: 1 };
-            let panels = Right::panels(self.d, self.key_panels.as_ptr().add(range.start * units).cast(), units);
-            let pointer = self.scores.as_mut_ptr().add(rows.start * score_stride);
+            let panels = self.key_panels.as_ptr().add((range.start + near.start) * units);
+            let panels = Right::panels(self.d, panels.cast(), units);
+            let pointer = self.scores.as_mut_ptr().add(rows.start * score_stride + near.start);
             self.d.product(size, left, panels, Target { pointer, row_stride: score_stride, accumulate: false });
         }
     }
 
-    /// The softmax of one row over the first `visible` keys of a block; up to `reach` the others get probability 0.
+    /// The softmax of one row over the keys `seen` of a block; the others of the keys `near` get probability 0.
     #[inline(always)]
-    fn row(&mut self, keys: Block<'_>, range: &Range<usize>, row: usize, [visible, reach]: [usize; 2]) {
+    fn row(&mut self, keys: Block<'_>, range: &Range<usize>, row: usize, [seen, near]: [&Range<usize>; 2]) {
         let Sizes { stride, score_stride, vectors, .. } = self.sizes;
         let info = self.infos[row];
-        // Whether all keys are of the query's own modality, or none.
-        let uniform = match (keys.part, keys.content) {
-            (Part::SelfKeys, _) => Some(true),
-            (Part::CrossKeys, _) => Some(false),
-            (Part::Whole, Content::Uniform(key)) => Some(key == info.row.modality),
-            (Part::Whole, Content::Mixed { .. }) => None,
-        };
-        let wants_own = self.wants_mass && uniform.is_none();
+        // SAFETY: a row of the block, from the first key it reaches on.
+        let scores = unsafe { self.scores.as_mut_ptr().add(row * score_stride + near.start) };
+        let numbers = (D::DEPTH > 1 && self.mass.is_some()).then(|| self.numbers.as_mut_ptr());
         let span = Span {
-            // SAFETY: a row of the block.
-            scores: unsafe { self.scores.as_mut_ptr().add(row * score_stride) },
+            scores,
             factor: self.problem.scale * D::Real::LOG2_E,
-            added: self.tables.added(self.problem, keys, info.row),
-            own: wants_own.then(|| self.tables.own(keys, info.row.modality)),
-            visible,
-            reach,
+            // SAFETY: tables are of a whole block of keys.
+            added: unsafe { self.tables.added(self.problem, keys, info.row).after(near.start) },
+            numbers,
+            first: seen.start - near.start,
+            visible: seen.end - near.start,
+            reach: near.len(),
         };
+        let Running { seen: seen_before, top: before, .. } = self.running[row];
         // SAFETY: scores and tables of a whole block of keys.
-        let standing =
-            if self.running[row].seen { unsafe { follow(self.d, span, &mut self.running[row]) } } else { None };
-        let sums = standing.unwrap_or_else(|| {
-            if self.running[row].seen {
-                self.scores(range, row..row + 1, visible);
+        let standing = seen_before.then(|| unsafe { follow(self.d, span, &mut self.running[row]) }).flatten();
+        let total = standing.unwrap_or_else(|| {
+            if seen_before {
+                self.scores(range, row..row + 1, near);
             }
             // SAFETY: as above, and the row's sums.
             unsafe {
@@ -282,77 +293,59 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
                 settle(self.d, span, &mut self.running[row], (sums, vectors))
             }
         });
-        if self.wants_mass {
-            let (own, cross) = match uniform {
-                Some(true) => (sums.total, D::Real::ZERO),
-                Some(false) => (D::Real::ZERO, sums.total),
-                None => (sums.own, sums.cross),
+        if let Some(by) = self.mass {
+            let scored = Scored {
+                tops: [before, self.running[row].top],
+                total,
+                probabilities: numbers.unwrap_or(scores).cast_const(),
+                from: near.start,
+                count: span.visible,
             };
-            let running = &mut self.running[row];
-            running.own += own;
-            running.cross += cross;
+            self.add_mass(by, keys, row, scored);
         }
     }
 
-    /// Closes one softmax: logsumexp, mass, and the normalised sums.
+    /// The mass of one row on a block of keys.
+    #[inline(always)]
+    fn add_mass(&mut self, by: MassBy, keys: Block<'_>, row: usize, scored: Scored<D::Real>) {
+        let s = self.d.simd();
+        if by == MassBy::Modality {
+            // SAFETY: probabilities up to the last visible key in whole registers.
+            unsafe { self.masses.add(s, row, scored, (&mut self.tables, keys)) };
+            return;
+        }
+        let modality = self.infos[row].row.modality;
+        let uniform = match (keys.part, keys.content) {
+            (Part::SelfKeys, _) => Some(true),
+            (Part::CrossKeys, _) => Some(false),
+            (Part::Whole, Content::Uniform(key)) => Some(key == modality),
+            (Part::Whole, Content::Mixed { .. }) => None,
+        };
+        let (own, cross) = match uniform {
+            Some(true) => (scored.total, D::Real::ZERO),
+            Some(false) => (D::Real::ZERO, scored.total),
+            // SAFETY: as above; a table has the length of a whole block of keys.
+            None => unsafe {
+                let own = self.tables.own(keys, modality).add(scored.from);
+                split_sum(s, scored.probabilities, own, scored.count)
+            },
+        };
+        let running = &mut self.running[row];
+        running.own += own;
+        running.cross += cross;
+    }
+
+    /// Closes one softmax of every row.
     #[inline(always)]
     fn finish(&mut self, [b, part]: [usize; 2], outputs: &AttendOutputs<'_, T>) {
-        let Sizes { depth, stride, vectors, parts, .. } = self.sizes;
+        let finish = Finish { problem: self.problem, outputs, sizes: self.sizes };
+        let stride = self.sizes.stride;
         for (row, (info, running)) in self.infos.iter().zip(&self.running).enumerate() {
-            let Row { head, .. } = info.row;
-            // SAFETY: this task alone owns the rows of its row block in every output.
-            let logsumexp = unsafe { outputs.logsumexp.element([b, head, part, info.query]) };
-            let mut factor = D::Real::ZERO;
-            *logsumexp = D::Real::INFINITY;
-            if running.seen {
-                factor = D::Real::ONE / running.total;
-                // Backward takes every probability from this number: it is rounded once, to its own type.
-                let natural = running.top.to_f64() * std::f64::consts::LN_2 + running.total.to_f64().ln();
-                *logsumexp = D::Real::from_f64(natural);
-            }
-            if let Some(mass) = &outputs.mass {
-                let sink = self.problem.sink.map(|sink| sink.get([b, head, info.query, part]) * D::Real::LOG2_E);
-                // An infinite sink is its own maximum, and the difference of the two is no number.
-                let pseudo = match sink {
-                    None => D::Real::ZERO,
-                    Some(sink) if sink == running.top => D::Real::ONE,
-                    Some(sink) => exp2_one(self.d.simd(), sink - running.top),
-                };
-                for (at, share) in [running.own, running.cross, pseudo].into_iter().enumerate() {
-                    // SAFETY: as above.
-                    let mass = unsafe { mass.element([b, head, info.query, at]) };
-                    let earlier = if part == 0 { D::Real::ZERO } else { *mass };
-                    *mass = earlier + if running.seen { share * factor } else { D::Real::ZERO };
-                }
-            }
-            // SAFETY: the row's sums and result, and its place in the outputs.
+            // SAFETY: this task alone owns the rows of its row block; the buffers hold every row of it, `result` for "split".
             unsafe {
                 let sums = self.sums.as_ptr().add(row * stride);
-                if parts == 1 {
-                    pack::unpack(
-                        self.d.simd(),
-                        sums,
-                        factor,
-                        depth,
-                        outputs.out.block([b, head, info.query]).as_mut_ptr(),
-                    );
-                    continue;
-                }
-                let result = self.result.as_mut_ptr().add(row * stride);
-                pack::accumulate(self.d.simd(), sums, factor, result, (vectors, part > 0));
-                if let Some(both) = &outputs.parts {
-                    let target = both.block([b, head, part, info.query]);
-                    pack::unpack(self.d.simd(), sums, factor, depth, target.as_mut_ptr());
-                }
-                if part + 1 == parts {
-                    pack::unpack(
-                        self.d.simd(),
-                        result,
-                        D::Real::ONE,
-                        depth,
-                        outputs.out.block([b, head, info.query]).as_mut_ptr(),
-                    );
-                }
+                let result = self.result.as_mut_ptr().wrapping_add(row * stride);
+                finish.row(self.d.simd(), ([b, part], info), (running, self.masses.row(row)), (sums, result));
             }
         }
     }

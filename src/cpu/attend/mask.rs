@@ -66,6 +66,8 @@ pub(super) struct Tables<R: Real> {
     added: Buffer<R>,
     /// 1 where the key is of the query's modality, else 0.
     own: Buffer<R>,
+    /// What is added to the score of a key, by modality.
+    numbers: Vec<R>,
     filled: Vec<bool>,
     own_filled: Vec<bool>,
     modalities: usize,
@@ -77,6 +79,7 @@ impl<R: CpuReal> Tables<R> {
         Ok(Self {
             added: Buffer::new(slots * KEYS, "the mask tables of a key block")?,
             own: Buffer::new(sizes.modalities * KEYS, "the modality tables of a key block")?,
+            numbers: Vec::with_capacity(sizes.modalities + 1),
             filled: vec![false; slots],
             own_filled: vec![false; sizes.modalities],
             modalities: sizes.modalities,
@@ -112,8 +115,11 @@ impl<R: CpuReal> Tables<R> {
         let slot = row.head_in_group * self.modalities + row.modality as usize;
         let table = &mut self.added[slot * KEYS..][..KEYS];
         if !std::mem::replace(&mut self.filled[slot], true) {
+            // Each modality's number once; padding, id -1, comes first.
+            self.numbers.clear();
+            self.numbers.extend((PADDING..self.modalities as i32).map(added));
             for (entry, &key) in table.iter_mut().zip(keys.ids) {
-                *entry = added(key);
+                *entry = self.numbers[(key - PADDING) as usize];
             }
         }
         Added::Each(table.as_ptr())

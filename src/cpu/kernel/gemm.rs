@@ -127,7 +127,19 @@ unsafe fn columns<D: Dot, const VECTORS: usize>(
     }
 }
 
-/// One register block; returns its number of rows.
+/// A loop over the rows or vectors of a register block, written out: the sums stay in registers only if every index is
+/// a constant, and whether the compiler unrolls a loop depends on what is around it.
+macro_rules! each {
+    ($index:ident below $count:ident $body:block) => { each!(@ $index $count $body 0 1 2 3 4 5 6 7 8 9 10 11) };
+    (@ $index:ident $count:ident $body:block $($number:literal)*) => {
+        $(if $number < $count {
+            let $index = $number;
+            $body
+        })*
+    };
+}
+
+/// One register block of at most 12 rows and 2 vectors; returns its number of rows.
 #[inline(always)]
 unsafe fn block<D: Dot, const ROWS: usize, const VECTORS: usize>(
     d: D,
@@ -137,26 +149,34 @@ unsafe fn block<D: Dot, const ROWS: usize, const VECTORS: usize>(
     c: Target<D::Real>,
 ) -> usize {
     let s = d.simd();
+    let second = (VECTORS - 1) * D::Simd::LANES;
+    let mut sums = [[s.zero(); 2]; 12];
     // SAFETY: all pointers stay inside the operands, by the contract of `multiply`.
     unsafe {
-        let mut sums = [[s.zero(); VECTORS]; ROWS];
         for p in 0..depth {
-            let right_row = b.pointer.add(p * b.row_stride);
-            let right = [d.units(right_row), d.units(right_row.add((VECTORS - 1) * D::Simd::LANES))];
-            for (row, sums) in sums.iter_mut().enumerate() {
+            let right = b.pointer.add(p * b.row_stride);
+            let right = [d.units(right), d.units(right.add(second))];
+            each!(row below ROWS {
                 let left = d.repeat(a.pointer.add(row * a.row_stride + p * a.depth_stride));
-                for (sum, &right) in sums.iter_mut().zip(&right) {
-                    *sum = d.dot(left, right, *sum);
+                sums[row][0] = d.dot(left, right[0], sums[row][0]);
+                if VECTORS == 2 {
+                    sums[row][1] = d.dot(left, right[1], sums[row][1]);
                 }
-            }
+            });
         }
-        for (row, sums) in sums.iter().enumerate() {
-            for (v, &sum) in sums.iter().enumerate() {
-                let at = c.pointer.add(row * c.row_stride + v * D::Simd::LANES);
-                // Added last: a long sum made of short ones rounds less than one long chain.
-                s.store(at, if c.accumulate { s.add(s.load(at), sum) } else { sum });
+        // Added last: a long sum made of short ones rounds less than one long chain.
+        each!(row below ROWS {
+            let at = c.pointer.add(row * c.row_stride);
+            let [mut first, mut last] = sums[row];
+            if c.accumulate {
+                first = s.add(s.load(at), first);
+                last = s.add(s.load(at.add(second)), last);
             }
-        }
+            s.store(at, first);
+            if VECTORS == 2 {
+                s.store(at.add(second), last);
+            }
+        });
     }
     ROWS
 }

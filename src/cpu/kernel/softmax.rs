@@ -8,6 +8,7 @@ use super::exp2::{exp2, exp2_one};
 use crate::cpu::dot::Dot;
 use crate::cpu::simd::Simd;
 use crate::dtype::Real;
+use std::ops::Range;
 
 /// A block whose probabilities, relative to the standing maximum, sum up to more than this moves the maximum.
 const FAR: f64 = 1e12;
@@ -21,6 +22,21 @@ pub(crate) enum Added<R> {
     Each(*const R),
 }
 
+impl<R> Added<R> {
+    /// What is added from a key of the block on.
+    ///
+    /// # Safety
+    /// The block must have the key.
+    #[inline(always)]
+    pub(crate) unsafe fn after(self, key: usize) -> Self {
+        match self {
+            // SAFETY: the caller's contract.
+            Self::Each(added) => Self::Each(unsafe { added.add(key) }),
+            same @ Self::Same(_) => same,
+        }
+    }
+}
+
 /// A row's scores for one key block.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Span<R> {
@@ -31,21 +47,33 @@ pub(crate) struct Span<R> {
     pub(crate) factor: R,
     /// What is added to it then.
     pub(crate) added: Added<R>,
-    /// Where mass is wanted and the block holds several modalities: 1 for keys of the query's own, 0 for others.
-    pub(crate) own: Option<*const R>,
-    /// Keys `0 .. visible` of the block may be seen; at least one.
+    /// Where the probabilities go as numbers too, for those who need them unrounded.
+    pub(crate) numbers: Option<*mut R>,
+    /// Keys `first .. visible` of the span may be seen; at least one.
+    pub(crate) first: usize,
     pub(crate) visible: usize,
-    /// Keys `0 .. reach` are used by the product with the values: those past `visible` get probability 0.
+    /// Keys `0 .. reach` are used by the product with the values: those that may not be seen get probability 0.
     pub(crate) reach: usize,
 }
 
-/// Sums of a block's probabilities.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Sums<R> {
-    pub(crate) total: R,
-    /// Its parts on keys of the query's own modality and on the others, where [`Span::own`] is given.
-    pub(crate) own: R,
-    pub(crate) cross: R,
+impl<R: Copy> Span<R> {
+    /// Where the first register with a visible key begins.
+    #[inline(always)]
+    fn start<S: Simd<Real = R>>(&self, _: S) -> usize {
+        self.first / S::LANES * S::LANES
+    }
+
+    /// The register at `at` with `other` where keys are not visible.
+    #[inline(always)]
+    fn visible_of<S: Simd<Real = R>>(&self, s: S, at: usize, mut x: S::Vector, other: S::Vector) -> S::Vector {
+        if self.visible - at < S::LANES {
+            x = s.first(self.visible - at, x, other);
+        }
+        if at < self.first {
+            x = s.first(self.first - at, other, x);
+        }
+        x
+    }
 }
 
 /// The softmax of one row so far, in log2 units.
@@ -70,25 +98,21 @@ impl<R: Real> Running<R> {
     }
 }
 
-/// Turns a block of scores into probabilities relative to the maximum as it stands. `None` where that is too far below
-/// them; the scores are lost then.
+/// Turns a block of scores into probabilities relative to the maximum as it stands; returns their sum. `None` where the
+/// maximum is too far below them; the scores are lost then.
 ///
 /// # Safety
-/// `scores`, and what `added` and `own` point at, must be valid for `reach` rounded up to whole registers.
+/// `scores`, and what `added` and `numbers` point at, must be valid for `reach` rounded up to whole registers.
 #[inline(always)]
-pub(crate) unsafe fn follow<D: Dot>(
-    d: D,
-    span: Span<D::Real>,
-    running: &mut Running<D::Real>,
-) -> Option<Sums<D::Real>> {
+pub(crate) unsafe fn follow<D: Dot>(d: D, span: Span<D::Real>, running: &mut Running<D::Real>) -> Option<D::Real> {
     // SAFETY: the same contract.
-    let sums = unsafe { weigh(d, span, running.top) };
+    let total = unsafe { weigh(d, span, running.top) };
     // A NaN is no reason to try again.
-    if sums.total > D::Real::from_f64(FAR) {
+    if total > D::Real::from_f64(FAR) {
         return None;
     }
-    running.total += sums.total;
-    Some(sums)
+    running.total += total;
+    Some(total)
 }
 
 /// As [`follow`], with the maximum raised to the block's first where that is higher. The row's weighted sum so far,
@@ -102,7 +126,7 @@ pub(crate) unsafe fn settle<D: Dot>(
     span: Span<D::Real>,
     running: &mut Running<D::Real>,
     (sums, vectors): (*mut D::Real, usize),
-) -> Sums<D::Real> {
+) -> D::Real {
     let s = d.simd();
     // SAFETY: the same contract.
     let tops = unsafe { highest(s, span) };
@@ -115,8 +139,13 @@ pub(crate) unsafe fn settle<D: Dot>(
             running.total += sum;
         }
         // SAFETY: the same contract.
-        unsafe { clear_left(d, span.scores, 0, span.reach) };
-        return Sums { total: D::Real::ZERO, own: D::Real::ZERO, cross: D::Real::ZERO };
+        unsafe {
+            clear_left(d, span.scores, 0, span.reach);
+            if let Some(numbers) = span.numbers {
+                clear(s, numbers, 0, span.visible);
+            }
+        }
+        return D::Real::ZERO;
     }
     running.seen = true;
     if top > running.top {
@@ -135,9 +164,9 @@ pub(crate) unsafe fn settle<D: Dot>(
         }
     }
     // SAFETY: the same contract.
-    let sums = unsafe { weigh(d, span, running.top) };
-    running.total += sums.total;
-    sums
+    let total = unsafe { weigh(d, span, running.top) };
+    running.total += total;
+    total
 }
 
 /// The highest score of every lane, minus infinity where there is none.
@@ -149,7 +178,7 @@ unsafe fn highest<S: Simd>(s: S, span: Span<S::Real>) -> S::Vector {
     let hidden = s.splat(S::Real::NEG_INFINITY);
     let factor = s.splat(span.factor);
     let mut top = hidden;
-    for at in (0..span.visible).step_by(S::LANES) {
+    for at in (span.start(s)..span.visible).step_by(S::LANES) {
         // SAFETY: registers that begin below `visible`.
         let x = unsafe {
             let added = match span.added {
@@ -158,76 +187,69 @@ unsafe fn highest<S: Simd>(s: S, span: Span<S::Real>) -> S::Vector {
             };
             s.mul_add(s.load(span.scores.add(at)), factor, added)
         };
-        let inside = span.visible - at;
-        top = s.max(top, if inside < S::LANES { s.first(inside, x, hidden) } else { x });
+        top = s.max(top, span.visible_of(s, at, x, hidden));
     }
     top
 }
 
-/// Probabilities relative to `top` in place of the scores, and their sums.
+/// Probabilities relative to `top` in place of the scores, and their sum.
 ///
 /// # Safety
 /// As [`follow`].
 #[inline(always)]
-unsafe fn weigh<D: Dot>(d: D, span: Span<D::Real>, top: D::Real) -> Sums<D::Real> {
+unsafe fn weigh<D: Dot>(d: D, span: Span<D::Real>, top: D::Real) -> D::Real {
     let s = d.simd();
-    let tops = s.splat(top);
     // SAFETY: the same contract; tables cover whole registers.
     unsafe {
         match span.added {
             Added::Same(added) => {
-                let added = s.splat(added - top);
-                match span.own {
-                    None => weigh_with::<D, false>(d, span, |_| added),
-                    Some(_) => weigh_with::<D, true>(d, span, |_| added),
-                }
+                let added = s.splat(added);
+                weigh_with(d, span, top, |_| added)
             }
-            Added::Each(added) => {
-                let added = |at| s.sub(s.load(added.add(at)), tops);
-                match span.own {
-                    None => weigh_with::<D, false>(d, span, added),
-                    Some(_) => weigh_with::<D, true>(d, span, added),
-                }
-            }
+            Added::Each(added) => weigh_with(d, span, top, |at| s.load(added.add(at))),
         }
     }
 }
 
-/// [`weigh`] with what is added to the scores by position, and with or without the parts of the sum.
+/// [`weigh`] with what is added to the scores by position.
 ///
 /// # Safety
 /// As [`follow`].
 #[inline(always)]
-unsafe fn weigh_with<D: Dot, const OWN: bool>(
+unsafe fn weigh_with<D: Dot>(
     d: D,
     span: Span<D::Real>,
+    top: D::Real,
     added: impl Fn(usize) -> <D::Simd as Simd>::Vector,
-) -> Sums<D::Real> {
+) -> D::Real {
     let s = d.simd();
     let lanes = D::Simd::LANES;
-    let factor = s.splat(span.factor);
-    let (mut total, mut inside, mut outside) = (s.zero(), s.zero(), s.zero());
-    let whole = span.visible / lanes * lanes;
-    for at in (0..span.visible).step_by(lanes) {
-        // SAFETY: registers that begin below `visible`. Probabilities take no more room than the scores they come from.
+    let (factor, top) = (s.splat(span.factor), s.splat(top));
+    let mut total = s.zero();
+    let start = span.start(s);
+    for at in (start..span.visible).step_by(lanes) {
+        // SAFETY: registers that begin below `visible`. Probabilities take no more room than the scores they come from,
+        // and what is before them is cleared last.
         unsafe {
-            let x = s.mul_add(s.load(span.scores.add(at)), factor, added(at));
-            let mut p = exp2(s, x);
-            if at == whole {
-                p = s.first(span.visible - at, p, s.zero());
-            }
+            // Subtracted last: near the maximum that is exact, while a sum with the mask rounds for the whole row.
+            let x = s.sub(s.mul_add(s.load(span.scores.add(at)), factor, added(at)), top);
+            let p = span.visible_of(s, at, exp2(s, x), s.zero());
             d.store_left(span.scores.cast(), at, p);
-            total = s.add(total, p);
-            if let (true, Some(own)) = (OWN, span.own) {
-                let own = s.mul(p, s.load(own.add(at)));
-                inside = s.add(inside, own);
-                outside = s.add(outside, s.sub(p, own));
+            if let Some(numbers) = span.numbers {
+                s.store(numbers.add(at), p);
             }
+            total = s.add(total, p);
         }
     }
     // SAFETY: the same contract.
-    unsafe { clear_left(d, span.scores, span.visible.next_multiple_of(lanes), span.reach) };
-    Sums { total: s.sum(total), own: s.sum(inside), cross: s.sum(outside) }
+    unsafe {
+        clear_left(d, span.scores, 0, start);
+        clear_left(d, span.scores, span.visible.next_multiple_of(lanes), span.reach);
+        if let Some(numbers) = span.numbers {
+            clear(s, numbers, 0, start);
+        }
+    }
+    s.sum(total)
 }
 
 /// Zeros as a row of a left operand from number `from`, a whole number of registers, up to `to`.
@@ -239,6 +261,40 @@ pub(crate) unsafe fn clear_left<D: Dot>(d: D, row: *mut D::Real, from: usize, to
     for at in (from..to).step_by(D::Simd::LANES) {
         // SAFETY: the caller's contract.
         unsafe { d.store_left(row.cast(), at, d.simd().zero()) };
+    }
+}
+
+/// Takes the softmax of a row over other keys, `other`, and its weighted sum into a running one.
+///
+/// # Safety
+/// Both sums must be valid for `vectors` registers.
+#[inline(always)]
+pub(crate) unsafe fn join<S: Simd>(
+    s: S,
+    (running, sums): (&mut Running<S::Real>, *mut S::Real),
+    (other, other_sums): (&Running<S::Real>, *const S::Real),
+    vectors: usize,
+) {
+    if !other.seen {
+        return;
+    }
+    running.seen = true;
+    let mut before = S::Real::ONE;
+    if other.top > running.top {
+        before = exp2_one(s, running.top - other.top);
+        running.top = other.top;
+    }
+    let share = if other.top == running.top { S::Real::ONE } else { exp2_one(s, other.top - running.top) };
+    running.total = running.total * before + other.total * share;
+    running.own = running.own * before + other.own * share;
+    running.cross = running.cross * before + other.cross * share;
+    for v in 0..vectors {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let at = sums.add(v * S::LANES);
+            let kept = s.mul(s.load(at), s.splat(before));
+            s.store(at, s.mul_add(s.load(other_sums.add(v * S::LANES)), s.splat(share), kept));
+        }
     }
 }
 
@@ -254,18 +310,39 @@ pub(crate) unsafe fn clear<S: Simd>(s: S, scores: *mut S::Real, from: usize, to:
     }
 }
 
-/// Sum of `p * w` over `count` keys, `p` a row of a left operand; what lies past them in the last register must be 0 in
-/// `p`.
+/// Sum of `p * w` over some keys, `p` a row of a left operand; what else is in their registers must be 0 in `p`.
 ///
 /// # Safety
-/// Both must be readable for `count` rounded up to whole registers.
+/// Both must be readable for the whole registers of `keys`.
 #[inline(always)]
-pub(crate) unsafe fn sum_where<D: Dot>(d: D, p: *const D::Unit, w: *const D::Real, count: usize) -> D::Real {
+pub(crate) unsafe fn sum_where<D: Dot>(d: D, p: *const D::Unit, w: *const D::Real, keys: Range<usize>) -> D::Real {
     let s = d.simd();
     let mut sum = s.zero();
-    for at in (0..count).step_by(D::Simd::LANES) {
+    for at in (keys.start / D::Simd::LANES * D::Simd::LANES..keys.end).step_by(D::Simd::LANES) {
         // SAFETY: the caller's contract.
         sum = unsafe { s.mul_add(d.load_left(p, at), s.load(w.add(at)), sum) };
     }
     s.sum(sum)
+}
+
+/// Sum of `p * w` and of `p * (1 - w)` over `count` keys; what lies past them in the last register must be 0 in `p`.
+///
+/// # Safety
+/// Both must be readable for `count` rounded up to whole registers.
+#[inline(always)]
+pub(crate) unsafe fn split_sum<S: Simd>(
+    s: S,
+    p: *const S::Real,
+    w: *const S::Real,
+    count: usize,
+) -> (S::Real, S::Real) {
+    let (mut inside, mut outside) = (s.zero(), s.zero());
+    let one = s.splat(S::Real::ONE);
+    for at in (0..count).step_by(S::LANES) {
+        // SAFETY: the caller's contract.
+        let (p, w) = unsafe { (s.load(p.add(at)), s.load(w.add(at))) };
+        inside = s.mul_add(p, w, inside);
+        outside = s.mul_add(p, s.sub(one, w), outside);
+    }
+    (s.sum(inside), s.sum(outside))
 }

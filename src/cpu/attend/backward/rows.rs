@@ -9,6 +9,7 @@ use crate::cpu::kernel::softmax::Added;
 use crate::cpu::simd::Simd;
 use crate::dtype::Real;
 use crate::error::Result;
+use std::ops::Range;
 
 /// Rows of a block (queries, output gradients) as a left operand and as a right one.
 pub(super) struct Rows<D: Dot> {
@@ -53,6 +54,8 @@ impl<D: Dot> Rows<D> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Closed<R> {
     pub(super) logsumexp: R,
+    /// What the logsumexp lost to rounding: an error that all keys of the row would share.
+    pub(super) rest: R,
     pub(super) delta: R,
 }
 
@@ -63,22 +66,23 @@ pub(super) struct LinePart<R> {
     pub(super) closed: Closed<R>,
 }
 
-/// A row of a unit: sees the first `visible` keys of the block.
+/// A row of a unit: sees the keys `first .. visible` of the block.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Line<R> {
+    pub(super) first: usize,
     pub(super) visible: usize,
     pub(super) parts: [LinePart<R>; 2],
 }
 
 impl<R: Real> Default for Line<R> {
     fn default() -> Self {
-        let closed = Closed { logsumexp: R::ZERO, delta: R::ZERO };
-        Self { visible: 0, parts: [LinePart { added: Added::Same(R::ZERO), closed }; 2] }
+        let closed = Closed { logsumexp: R::ZERO, rest: R::ZERO, delta: R::ZERO };
+        Self { first: 0, visible: 0, parts: [LinePart { added: Added::Same(R::ZERO), closed }; 2] }
     }
 }
 
 /// Where the rows of a unit lie.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct UnitTiles<D: Dot> {
     /// Scores; overwritten by probabilities as one row of a right operand.
     pub(super) p: *mut D::Real,
@@ -87,32 +91,32 @@ pub(super) struct UnitTiles<D: Dot> {
     /// The same as rows of a left operand, if that is another thing.
     pub(super) d_left: *mut D::Unit,
     pub(super) score_stride: usize,
-    /// Keys that are written; those that are not visible as zeros.
-    pub(super) farthest: usize,
+    /// Keys that are written, from a whole register on; those that are not visible as zeros.
+    pub(super) near: Range<usize>,
 }
 
 /// Probabilities P and score gradients P (dP - delta) of the rows of one unit.
 ///
 /// # Safety
-/// All rows, and the tables of the lines, must be valid for `farthest` rounded up to whole registers. What is added must
+/// All rows, and the tables of the lines, must be valid for the keys `near` rounded up to whole registers. What is added must
 /// be of one kind for every line that sees a key, and for its parts.
 #[inline(always)]
 pub(super) unsafe fn differentiate<D: Dot, const PARTS: usize>(
     d: D,
-    tiles: UnitTiles<D>,
+    tiles: &UnitTiles<D>,
     factor: D::Real,
     lines: &[Line<D::Real>; 2],
 ) {
     let s = d.simd();
+    let same = |line: &Line<D::Real>| matches!(line.parts[0].added, Added::Same(_));
     // SAFETY: the same contract.
     unsafe {
-        let same = |line: &Line<D::Real>| matches!(line.parts[0].added, Added::Same(_));
         if lines.iter().all(same) {
             let mut offsets = [[s.zero(); PARTS]; 2];
             for (offsets, line) in offsets.iter_mut().zip(lines) {
                 for (offset, part) in offsets.iter_mut().zip(&line.parts) {
                     if let Added::Same(added) = part.added {
-                        *offset = s.splat(added - part.closed.logsumexp);
+                        *offset = s.splat(added - part.closed.rest);
                     }
                 }
             }
@@ -121,22 +125,23 @@ pub(super) unsafe fn differentiate<D: Dot, const PARTS: usize>(
             differentiate_with::<D, PARTS>(d, tiles, factor, lines, |i, part, at| {
                 let LinePart { added, closed } = lines[i].parts[part];
                 match added {
-                    Added::Each(added) => s.sub(s.load(added.add(at)), s.splat(closed.logsumexp)),
-                    Added::Same(added) => s.splat(added - closed.logsumexp),
+                    Added::Each(added) => s.sub(s.load(added.add(at)), s.splat(closed.rest)),
+                    Added::Same(added) => s.splat(added - closed.rest),
                 }
             });
         }
     }
 }
 
-/// [`differentiate`] with what is added to the scaled products by row, part and position: mask minus logsumexp.
+/// [`differentiate`] with what is added to the scaled products by row, part and position, less the rest of
+/// the logsumexp.
 ///
 /// # Safety
 /// As [`differentiate`].
 #[inline(always)]
 unsafe fn differentiate_with<D: Dot, const PARTS: usize>(
     d: D,
-    tiles: UnitTiles<D>,
+    tiles: &UnitTiles<D>,
     factor: D::Real,
     lines: &[Line<D::Real>; 2],
     offset: impl Fn(usize, usize, usize) -> <D::Simd as Simd>::Vector,
@@ -144,30 +149,38 @@ unsafe fn differentiate_with<D: Dot, const PARTS: usize>(
     let s = d.simd();
     let lanes = D::Simd::LANES;
     let factor = s.splat(factor);
-    for at in (0..tiles.farthest).step_by(lanes) {
+    for at in tiles.near.clone().step_by(lanes) {
         let mut p = [s.zero(); 2];
         let mut d_score = [s.zero(); 2];
         for (i, line) in lines.iter().enumerate().take(D::DEPTH) {
-            if at >= line.visible {
+            if at >= line.visible || at + lanes <= line.first {
                 continue;
             }
-            // SAFETY: a register that begins below `visible`.
+            // SAFETY: a register that holds a visible key.
             let (score, d_p) = unsafe {
                 let row = i * tiles.score_stride + at;
                 (s.load(tiles.p.add(row)), s.load(tiles.d.add(row)))
             };
             for part in 0..PARTS {
-                let x = exp2(s, s.mul_add(score, factor, offset(i, part, at)));
+                let Closed { logsumexp, delta, .. } = line.parts[part].closed;
+                // Subtracted last: near the logsumexp that is exact, while a sum with the mask rounds for the whole row.
+                let x = s.sub(s.mul_add(score, factor, offset(i, part, at)), s.splat(logsumexp));
+                let x = exp2(s, x);
                 p[i] = s.add(p[i], x);
-                d_score[i] = s.mul_add(x, s.sub(d_p, s.splat(line.parts[part].closed.delta)), d_score[i]);
+                d_score[i] = s.mul_add(x, s.sub(d_p, s.splat(delta)), d_score[i]);
             }
             let inside = line.visible - at;
             if inside < lanes {
                 p[i] = s.first(inside, p[i], s.zero());
                 d_score[i] = s.first(inside, d_score[i], s.zero());
             }
+            if at < line.first {
+                let outside = line.first - at;
+                p[i] = s.first(outside, s.zero(), p[i]);
+                d_score[i] = s.first(outside, s.zero(), d_score[i]);
+            }
         }
-        // SAFETY: registers that begin below `farthest`, each written after it was read.
+        // SAFETY: registers of the keys `near`, each written after it was read.
         unsafe {
             d.store_right(tiles.p.cast::<D::Unit>().add(at), p);
             d.store_right(tiles.d.cast::<D::Unit>().add(at), d_score);

@@ -5,7 +5,7 @@ use super::rows::{Closed, Line, LinePart, Rows, UnitTiles, differentiate};
 use crate::cpu::CpuReal;
 use crate::cpu::attend::mask::{Block, Content, Part, Tables};
 use crate::cpu::attend::plan::{KEYS, ROWS, RowBlock, Sizes};
-use crate::cpu::attend::rows::{RowInfo, Tile, infos, tiles};
+use crate::cpu::attend::rows::{RowInfo, Tile, infos, key_blocks, seen, tiles};
 use crate::cpu::buffer::Buffer;
 use crate::cpu::dot::Dot;
 use crate::cpu::kernel::exp2::exp2_one;
@@ -48,6 +48,8 @@ pub(super) struct Worker<'a, D: Dot, T: Element<Acc = D::Real>> {
     d_scores: Buffer<D::Real>,
     /// Gradients of scores as a left operand, where that is another thing.
     d_scores_left: Buffer<D::Real>,
+    /// Sums of d bias in the current block: by head in the group, modality of the query and of the key.
+    d_bias: Vec<f64>,
     tables: Vec<Tables<D::Real>>,
     infos: Vec<RowInfo>,
     /// Every row's softmaxes, row by row.
@@ -87,6 +89,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             probabilities: Buffer::new(scores, "a block of probabilities")?,
             d_scores: Buffer::new(scores, "a block of score gradients")?,
             d_scores_left: Buffer::new(if D::DEPTH > 1 { scores } else { 0 }, "a block of score gradients")?,
+            d_bias: vec![0.0; if gradients.bias.is_some() { sizes.group * sizes.modalities.pow(2) } else { 0 }],
             tables: (0..sizes.parts).map(|_| Tables::new(&sizes)).collect::<Result<_>>()?,
             infos: Vec::with_capacity(rows),
             closed: Vec::with_capacity(rows * sizes.parts),
@@ -143,13 +146,13 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
     #[inline(always)]
     pub(super) fn rows(&mut self, block: &RowBlock) {
         self.pack_rows(block);
-        let most = self.infos.iter().map(|info| info.visible).max().unwrap_or(0);
-        for key_block in 0..most.div_ceil(KEYS) {
-            if self.contents[key_block] != Content::Uniform(PADDING) {
-                self.key_block(key_block);
-            }
+        let real = |block: &usize| self.contents[*block] != Content::Uniform(PADDING);
+        let blocks: Vec<usize> = key_blocks(&self.infos, &self.sizes).filter(real).collect();
+        for key_block in blocks {
+            self.key_block(key_block);
         }
         self.write_queries();
+        self.write_bias();
     }
 
     /// Queries, output gradients and closed softmaxes of the block; d sink falls out on the way.
@@ -166,7 +169,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             let at = [b, info.row.head, info.query];
             let logsumexp = |part: usize| upstream.logsumexp.get([b, info.row.head, part, info.query]);
             if (0..parts).all(|part| logsumexp(part) == D::Real::INFINITY) {
-                info.visible = 0;
+                (info.first, info.visible) = (0, 0);
             }
             // SAFETY: the buffers hold every row of a block.
             unsafe {
@@ -194,7 +197,9 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
                     let delta = pack::dot(s, out, d_out, vectors);
                     clear(s, out, 0, depth);
                     let binary = logsumexp(part).to_f64() * std::f64::consts::LOG2_E;
-                    let closed = Closed { logsumexp: D::Real::from_f64(binary), delta };
+                    let rounded = D::Real::from_f64(binary);
+                    let rest = if rounded.is_finite() { binary - rounded.to_f64() } else { 0.0 };
+                    let closed = Closed { logsumexp: rounded, rest: D::Real::from_f64(rest), delta };
                     self.closed.push(closed);
                     if let (Some(d_sink), Some(sink)) = (&self.gradients.sink, problem.sink) {
                         let z = sink.get([b, info.row.head, info.query, part]).to_f64();
@@ -218,11 +223,12 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         let d = self.d;
         let Sizes { units, stride, score_stride, vectors, .. } = self.sizes;
         let range = self.sizes.key_block(index);
-        let farthest = self.infos.iter().map(|info| info.sees(&range)).max().unwrap_or(0);
+        let near = seen(&self.infos, &range, 2 * D::Simd::LANES);
         self.tables.iter_mut().for_each(Tables::clear);
-        let tiles: Vec<Tile> = tiles(&self.infos, &range, D::Simd::TALL).collect();
-        for Tile { rows, reach } in tiles {
-            let size = Size { rows: rows.len(), vectors: reach.div_ceil(D::Simd::LANES), depth: units };
+        let tiles: Vec<Tile> = tiles(d.simd(), &self.infos, &range).collect();
+        for Tile { rows, keys } in tiles {
+            let from = range.start + keys.start;
+            let size = Size { rows: rows.len(), vectors: keys.len().div_ceil(D::Simd::LANES), depth: units };
             let products = [
                 (&self.query, &self.key_panels, &mut self.probabilities),
                 (&self.d_out, &self.value_panels, &mut self.d_scores),
@@ -232,20 +238,20 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
                 unsafe {
                     let pointer = left.left().add(rows.start * stride);
                     let left = Left { pointer, row_stride: stride, depth_stride: 1 };
-                    let right = Right::panels(d, panels.as_ptr().add(range.start * units).cast(), units);
-                    let pointer = target.as_mut_ptr().add(rows.start * score_stride);
+                    let right = Right::panels(d, panels.as_ptr().add(from * units).cast(), units);
+                    let pointer = target.as_mut_ptr().add(rows.start * score_stride + keys.start);
                     d.product(size, left, right, Target { pointer, row_stride: score_stride, accumulate: false });
                 }
             }
             for first in rows.clone().step_by(D::DEPTH) {
-                self.unit(first..(first + D::DEPTH).min(rows.end), index, farthest);
+                self.unit(first..(first + D::DEPTH).min(rows.end), index, &near);
             }
-            let size = Size { rows: rows.len(), vectors, depth: reach.div_ceil(D::DEPTH) };
-            // SAFETY: the tile's score gradients for `reach` keys, those keys, and the tile's rows of dQ.
+            let size = Size { rows: rows.len(), vectors, depth: keys.len().div_ceil(D::DEPTH) };
+            // SAFETY: the tile's score gradients for the keys it reaches, those keys, and the tile's rows of dQ.
             unsafe {
-                let pointer = self.d_scores_left().add(rows.start * score_stride).cast_const();
+                let pointer = self.d_scores_left().add(rows.start * score_stride + keys.start / D::DEPTH).cast_const();
                 let left = Left { pointer, row_stride: score_stride, depth_stride: 1 };
-                let keys = self.keys.as_ptr().add(range.start / D::DEPTH * stride);
+                let keys = self.keys.as_ptr().add(from / D::DEPTH * stride);
                 let pointer = self.d_query.as_mut_ptr().add(rows.start * stride);
                 let target = Target { pointer, row_stride: stride, accumulate: true };
                 d.product(size, left, Right::rows(d, keys.cast(), stride), target);
@@ -255,9 +261,9 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         // SAFETY: rows of these keys in the sums of dK and dV.
         unsafe {
             let d_value = self.d_value.as_mut_ptr().add(from);
-            self.keys_product(&range, farthest, (&self.probabilities, &self.d_out, d_value));
+            self.keys_product(&range, &near, (&self.probabilities, &self.d_out, d_value));
             let d_key = self.d_key.as_mut_ptr().add(from);
-            self.keys_product(&range, farthest, (&self.d_scores, &self.query, d_key));
+            self.keys_product(&range, &near, (&self.d_scores, &self.query, d_key));
         }
     }
 
@@ -267,27 +273,32 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         scores.as_mut_ptr().cast()
     }
 
-    /// target += scoresᵀ rows, for the first `farthest` keys of the block; rows that do not see a tile of keys are left out.
+    /// target += scoresᵀ rows, for the keys `near` of the block; rows before and after those that see a tile of keys are
+    /// left out.
     ///
     /// # Safety
-    /// `scores` must hold every row's scores for `farthest` keys as a right operand, `target` a row for every key.
+    /// `scores` must hold every row's scores for the keys `near` as a right operand, `target` a row for every key.
     #[inline(always)]
     unsafe fn keys_product(
         &self,
         range: &Range<usize>,
-        farthest: usize,
+        near: &Range<usize>,
         (scores, rows, target): (&Buffer<D::Real>, &Rows<D>, *mut D::Real),
     ) {
         let Sizes { stride, score_stride, vectors, .. } = self.sizes;
-        let whole = self.infos.iter().all(|info| info.sees(range) == range.len());
+        let whole = self.infos.iter().all(|info| info.sees(range) == (0..range.len()));
         let step = if whole { range.len() } else { D::Simd::TALL };
         // Units of a right operand, read along its rows, are the transposed left operand.
         let depth_stride = D::DEPTH * score_stride;
-        for first in (0..farthest).step_by(step) {
-            let count = step.min(farthest - first);
-            let skip =
-                self.infos.iter().position(|info| info.sees(range) > first).unwrap_or(self.infos.len()) / D::DEPTH;
-            let size = Size { rows: count, vectors, depth: self.infos.len().div_ceil(D::DEPTH) - skip };
+        for first in near.clone().step_by(step) {
+            let count = step.min(near.end - first);
+            let sees = |info: &RowInfo| {
+                let seen = info.sees(range);
+                seen.start < first + count && first < seen.end
+            };
+            let skip = self.infos.iter().position(sees).unwrap_or(self.infos.len()) / D::DEPTH;
+            let until = self.infos.iter().rposition(sees).map_or(skip, |last| last / D::DEPTH + 1);
+            let size = Size { rows: count, vectors, depth: until - skip };
             // SAFETY: keys `first ..` of the block and units of rows from `skip` on; the caller's contract.
             unsafe {
                 let pointer = scores.as_ptr().cast::<D::Unit>().add(skip * depth_stride + first);
@@ -299,10 +310,10 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         }
     }
 
-    /// Probabilities and score gradients of the rows of one unit for one key block, zero up to `farthest` where not
-    /// visible.
+    /// Probabilities and score gradients of the rows of one unit for one key block, zero for those of the keys
+    /// `near` that are not visible.
     #[inline(always)]
-    fn unit(&mut self, rows: Range<usize>, key_block: usize, farthest: usize) {
+    fn unit(&mut self, rows: Range<usize>, key_block: usize, near: &Range<usize>) {
         let b = self.head[0];
         let Sizes { score_stride, parts, .. } = self.sizes;
         let range = self.sizes.key_block(key_block);
@@ -313,10 +324,11 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         let mut lines = [Line::default(); 2];
         for (row, line) in rows.clone().zip(&mut lines) {
             let info = self.infos[row];
-            line.visible = info.sees(&range);
-            if line.visible == 0 {
+            let seen = info.sees(&range);
+            if seen.is_empty() {
                 continue;
             }
+            (line.first, line.visible) = (seen.start, seen.end);
             for (index, &part) in Part::all(parts).iter().enumerate() {
                 let closed = self.closed[row * parts + index];
                 let keys = Block { batch: b, ids, content, part };
@@ -325,12 +337,12 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             }
         }
         let factor = self.problem.scale * D::Real::LOG2_E;
-        // SAFETY: the rows' scores hold a whole block of keys, of which `farthest` were computed or are hidden; so do
+        // SAFETY: the rows' scores hold a whole block of keys, of which the visible ones were computed; so do
         // the tables, which are numbers for all the parts of a block of keys or for none.
         unsafe {
             let p = self.probabilities.as_mut_ptr().add(rows.start * score_stride);
             let d = self.d_scores.as_mut_ptr().add(rows.start * score_stride);
-            let tiles = UnitTiles { p, d, d_left, score_stride, farthest };
+            let tiles = &UnitTiles { p, d, d_left, score_stride, near: near.clone() };
             if parts == 1 {
                 differentiate::<D, 1>(self.d, tiles, factor, &lines);
             } else {
@@ -342,27 +354,39 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
                 // SAFETY: a row of score gradients.
                 let d_left = unsafe { d_left.add(i * score_stride) };
                 let keys = Block { batch: b, ids, content, part: Part::Whole };
-                self.add_bias_gradient(keys, self.infos[row], (d_left, lines[i].visible));
+                self.add_bias_gradient(keys, self.infos[row], (d_left, lines[i]));
             }
         }
     }
 
-    /// Adds a row's score gradients, zero past the visible ones, to the bias of every modality in the block.
+    /// Adds a row's score gradients, zero beside the visible ones, to the bias of every modality in the block.
     #[inline(always)]
-    fn add_bias_gradient(&mut self, keys: Block<'_>, info: RowInfo, (d_scores, visible): (*const D::Unit, usize)) {
-        let Some(d_bias) = &self.gradients.bias else { return };
-        let query = info.row.modality;
-        let modalities = match keys.content {
-            _ if visible == 0 => 0..0,
+    fn add_bias_gradient(&mut self, keys: Block<'_>, info: RowInfo, (d_scores, line): (*const D::Unit, Line<D::Real>)) {
+        let ids = match keys.content {
+            _ if line.visible == 0 => 0..0,
             Content::Uniform(key) => key..key + 1,
             Content::Mixed { .. } => 0..self.sizes.modalities as i32,
         };
-        for key in modalities {
-            // SAFETY: the row's score gradients; this task alone owns the head's table.
-            unsafe {
-                let sum = sum_where(self.d, d_scores, self.tables[0].own(keys, key), visible);
-                *d_bias.element([keys.batch, info.row.head, query as usize, key as usize]) += sum;
-            }
+        for key in ids {
+            let own = self.tables[0].own(keys, key);
+            // SAFETY: the row's score gradients and a table of a whole block of keys.
+            let sum = unsafe { sum_where(self.d, d_scores, own, line.first..line.visible) };
+            let query = info.row.head_in_group * self.sizes.modalities + info.row.modality as usize;
+            self.d_bias[query * self.sizes.modalities + key as usize] += sum.to_f64();
+        }
+    }
+
+    /// Adds what the block gave to d bias: summed in float64, as many small terms cancel.
+    #[inline(always)]
+    fn write_bias(&mut self) {
+        let Some(target) = &self.gradients.bias else { return };
+        let [b, h] = self.head;
+        let modalities = self.sizes.modalities;
+        for (at, sum) in self.d_bias.iter_mut().enumerate().filter(|(_, sum)| **sum != 0.0) {
+            let head = h * self.sizes.group + at / (modalities * modalities);
+            // SAFETY: this task alone owns the tables of the block's heads.
+            let entry = unsafe { target.element([b, head, at / modalities % modalities, at % modalities]) };
+            *entry += D::Real::from_f64(std::mem::take(sum));
         }
     }
 
