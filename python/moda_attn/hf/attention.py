@@ -27,6 +27,7 @@ def refuse_foreign_forward(attention: nn.Module) -> None:
             the module that defines the class.
     """
     cls = type(attention)
+    _drop_restored_forward(attention)
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     origin = inspect.unwrap(vars(owner)["forward"]).__module__
     if "forward" in vars(attention) and not hasattr(attention, "_hf_hook"):
@@ -102,6 +103,7 @@ def _past_the_patch(seam: CacheSeam) -> str:
 
 def _take_hook(attention: nn.Module) -> Any:
     """Take accelerate's hook off: it stores a `forward` on the instance, which would shadow the class."""
+    _drop_restored_forward(attention)
     if "forward" not in vars(attention):
         return None
     from accelerate.hooks import remove_hook_from_module
@@ -110,6 +112,14 @@ def _take_hook(attention: nn.Module) -> Any:
     remove_hook_from_module(attention)
     vars(attention).pop("forward", None)
     return hook
+
+
+def _drop_restored_forward(attention: nn.Module) -> None:
+    """Take off the class's own forward where it was put on the instance, as transformers 4 leaves it there after a call
+    with `output_attentions`: it would outlive a change of class."""
+    forward = vars(attention).get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is type(attention).forward:
+        del attention.forward
 
 
 def _give_hook(attention: nn.Module, hook: Any) -> None:

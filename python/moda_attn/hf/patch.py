@@ -192,6 +192,8 @@ def _install(
     attentions = structure.attentions(model)
     for module in attentions.values():
         refuse_foreign_forward(module)
+        if use_kernel:
+            refuse_unsupported(module)
     old = _get_attention(model, structure)
     if isinstance(structure, LegacyStructure):
         runtime: Runtime
