@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+class Output(SimpleNamespace):
+    """What a model returns: attributes, and the first of them by index."""
+
+    def __getitem__(self, index: int) -> Any:
+        return list(vars(self).values())[index]
+
+
 @dataclass
 class LlamaConfig:
     vocab_size: int
@@ -209,7 +216,7 @@ class LlamaModel(nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> SimpleNamespace:
+    ) -> Output:
         use_cache = self.config.use_cache if use_cache is None else use_cache
         checkpointing = self.gradient_checkpointing and self.training
         use_cache = use_cache and not checkpointing
@@ -241,7 +248,7 @@ class LlamaModel(nn.Module):
             if use_cache:
                 past_key_values = out[-1]
         cache = past_key_values if use_cache else None
-        return SimpleNamespace(
+        return Output(
             last_hidden_state=self.norm(hidden),
             past_key_values=cache.to_legacy_cache() if as_tuples else cache,
             attentions=tuple(weights),
@@ -290,7 +297,7 @@ class LlamaForCausalLM(nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> SimpleNamespace:
+    ) -> Output:
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

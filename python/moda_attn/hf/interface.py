@@ -23,23 +23,6 @@ if TYPE_CHECKING:
 #: Arguments of an attention function that change what it computes, and that our kernel has no counterpart of.
 UNSUPPORTED = {"softcap": "a soft cap on its scores", "s_aux": "attention sinks of its own"}
 
-#: The same as attributes of an attention module, known before anything runs.
-_KNOWN_BEFORE = {"attn_logit_softcapping": UNSUPPORTED["softcap"], "sinks": UNSUPPORTED["s_aux"]}
-
-
-def refuse_unsupported(attention: nn.Module) -> None:
-    """Raise where our kernel could not compute what `attention` does.
-
-    Raises:
-        ModaValueError: it caps its scores, or has attention sinks.
-    """
-    for name, what in _KNOWN_BEFORE.items():
-        if getattr(attention, name, None) is not None:
-            raise ModaValueError(
-                f'{type(attention).__name__} has {what} ({name}), which attention "{NAME}" does not compute; a '
-                'configuration that only aligns keys can keep the model\'s own: mask="none", location_prior=False'
-            )
-
 
 def moda_attention(
     module: nn.Module,

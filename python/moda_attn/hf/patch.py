@@ -14,7 +14,13 @@ from .._checks import compute_dtype
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaTypeError, ModaValueError
 from ..layer import ModaLayer
-from .attention import patch_attention, patched_class, refuse_foreign_forward, unpatch_attention
+from .attention import (
+    patch_attention,
+    patched_class,
+    refuse_foreign_forward,
+    refuse_unsupported,
+    unpatch_attention,
+)
 from .legacy import LegacyRuntime, LegacyStructure, legacy_patched
 from .names import NAME
 from .placement import home_of

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 from ..errors import ModaValueError
 
@@ -68,6 +67,8 @@ def key_range(
 def window_of(mask_function: Callable) -> int | None:
     """Number of keys that a plain causal function sees at most, without looking at it: a window's, 2^31 - 1 for all;
     None for every other function."""
+    from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
+
     if mask_function is causal_mask_function:
         return torch.iinfo(torch.int32).max
     if torch.compiler.is_compiling() or getattr(mask_function, "__code__", None) is not and_masks().__code__:
