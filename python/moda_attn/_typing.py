@@ -37,7 +37,7 @@ class PatchedAttention(TextAttention):
 
 
 class LegacyAttention(PatchedAttention):
-    """A patched Llama attention of transformers 4.37."""
+    """A patched attention of transformers 4.37."""
 
     attention_dropout: float
     rotary_emb: nn.Module

@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib
 import importlib.util
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -239,10 +240,11 @@ def _standin(cls: type, implementation: str, pad: str) -> nn.Module:
     return cls(_llama_config(LLAMA.LlamaConfig, implementation, pad))
 
 
-def _llava(merge: str, implementation: str, pad: str) -> nn.Module:
-    module = importlib.import_module("llava.model.language_model.llava_llama")
+def _llava(merge: str, implementation: str, pad: str, language: str = "llama") -> nn.Module:
+    module = importlib.import_module(f"llava.model.language_model.llava_{language}")
+    config, cls = {"llama": ("LlavaConfig", "LlavaLlama"), "mistral": ("LlavaMistralConfig", "LlavaMistral")}[language]
     options = {"mm_patch_merge_type": merge, "image_aspect_ratio": "anyres", "image_grid_pinpoints": [[16, 8], [8, 16]]}
-    model = module.LlavaLlamaForCausalLM(_llama_config(module.LlavaConfig, implementation, pad, **options))
+    model = getattr(module, f"{cls}ForCausalLM")(_llama_config(getattr(module, config), implementation, pad, **options))
     model.model.vision_tower = Tower(2)
     model.model.mm_projector = nn.Linear(8, model.config.hidden_size)
     model.model.image_newline = nn.Parameter(torch.randn(model.config.hidden_size))
@@ -315,6 +317,7 @@ CODES = {
     "cambrian-standin": Code(_standins[CambrianLlamaForCausalLM], _one_tower, _newlined),
     "llava": Code(_flat, _square_images, lambda _: 4, "llava"),
     "llava-anyres": Code(_anyres, _anyres_images, lambda index: 14 if index % 2 else 16, "llava"),
+    "llava-mistral": Code(functools.partial(_flat, language="mistral"), _square_images, lambda _: 4, "llava"),
     "cambrian": Code(_linear, _two_towers, _newlined, "cambrian", loose=False),
     "cambrian-sva": Code(_sva, _two_towers, _newlined, "cambrian", loose=False),
 }
@@ -366,6 +369,11 @@ def fake_cambrian() -> dict[str, types.ModuleType]:
     for name, content in contents.items():
         vars(modules[name]).update(content)
     return modules
+
+
+def namespace(attention: nn.Module) -> dict[str, Any]:
+    """The names beside the definition of an attention module's class."""
+    return vars(sys.modules[type(attention).__module__])
 
 
 def inputs(name: str, rows: list[str], pad: str = "right") -> dict[str, Any]:

@@ -37,9 +37,8 @@ WITH_PYTHON = [name for name, code in SCRIPTS.items() if code.strip()]
 
 
 def test_pages_with_snippets_were_found():
-    assert {f"docs/{name}.md" for name in ("method", "patching", "models", "cambrian", "balance", "errors")} <= set(
-        WITH_PYTHON
-    )
+    names = ("method", "patching", "models", "fine-tune", "save-and-resume", "cambrian", "balance", "errors")
+    assert {f"docs/{name}.md" for name in names} <= set(WITH_PYTHON)
 
 
 def refuse_network(_: socket.socket, address: object) -> None:

@@ -185,7 +185,8 @@ def test_the_kernel_stands_in_for_flash_attention(name: str):
     model = legacy_models.build(name)
     model.model._use_flash_attention_2 = True
     for layer in model.model.layers:
-        layer.self_attn.__class__ = legacy_models.LLAMA.LlamaFlashAttention2
+        names = legacy_models.namespace(layer.self_attn)
+        layer.self_attn.__class__ = next(names[name] for name in names if name.endswith("FlashAttention2"))
     moda_attn.apply(model)
     randomise(model)
     assert torch.equal(logits(model, **legacy_models.inputs(name, ROWS)), expected)
@@ -366,6 +367,30 @@ def test_training_with_checkpointing_has_the_same_gradients(name: str, config: M
         model(**{key: value for key, value in batches[0].items() if key != "labels"})
 
 
+def test_peft_trains_and_saves_moda_or_says_so(name: str, tmp_path: Any):
+    peft = pytest.importorskip(
+        "peft", reason="peft is not installed, or needs a newer transformers", exc_type=ImportError
+    )
+    batch = with_answers(name, ROWS, "right", torch.randint(2, legacy_models.VOCABULARY, (3, 3)))[0]
+    model = patched(name).train()
+    expected = model(**batch).loss
+    queries = r".*\.layers\.\d+\.self_attn\.q_proj"
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=queries, modules_to_save=["moda"]))
+    loss = wrapped(**batch).loss
+    assert torch.equal(loss, expected)
+    loss.backward()
+    trained = {path: parameter for path, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert sum("lora_" in path for path in trained) == 2 * 3
+    assert all(parameter.grad is not None for parameter in trained.values())
+    moda_attn.save_pretrained(wrapped, tmp_path)
+    twin = legacy_models.build(name)
+    moda_attn.load_pretrained(twin, tmp_path)
+    assert torch.equal(logits(twin, **batch), logits(wrapped.eval(), **batch))
+    lost = peft.get_peft_model(patched(name).train(), peft.LoraConfig(target_modules=queries))
+    with pytest.raises(ModaRuntimeError, match="PEFT neither trains nor saves"):
+        lost(**batch)
+
+
 def test_weights_are_saved_by_layer_index(name: str, tmp_path: Any):
     model = patched(name)
     x = legacy_models.inputs(name, ROWS)
@@ -374,6 +399,22 @@ def test_weights_are_saved_by_layer_index(name: str, tmp_path: Any):
     twin = legacy_models.build(name)
     moda_attn.load_pretrained(twin, tmp_path)
     assert torch.equal(logits(twin, **x), expected)
+
+
+def test_released_weights_are_loaded(name: str):
+    """Their names are those of this code: `model.layers.i.self_attn.ratio_v`, and so on."""
+    model, x = legacy_models.build(name), legacy_models.inputs(name, ROWS)
+    real = legacy_models.truth(name, ROWS) >= 0
+    plain, state = logits(model, **x)[real], {}
+    for index in range(3):
+        stem = f"model.layers.{index}.self_attn."
+        state |= {stem + "ratio_v": torch.zeros(1, 1, 8), stem + "pfuser_v.weight": torch.eye(8)}
+    assert moda_attn.load_released(model, state).layers == (0, 1, 2)
+    assert torch.equal(logits(model, **x)[real], plain)
+    for index in range(3):
+        state[f"model.layers.{index}.self_attn.ratio_v"] = torch.randn(1, 1, 8)
+    moda_attn.load_released(model, state)
+    assert difference(logits(model, **x)[real], plain) > 0.1
 
 
 def test_a_deep_copy_is_independent(name: str):
@@ -439,6 +480,10 @@ def test_what_is_refused(name: str):
             model(**(x | {"attention_mask": None}), past_key_values=cache)
         with pytest.raises(ModaRuntimeError, match="call the model, not its layers"):
             model.model.layers[0].self_attn(torch.zeros(1, 1, 32))
+        model.config.sliding_window = 8
+        with pytest.raises(ModaValueError, match="tokens exceed the sliding window of 8"):
+            model(**x)
+        model.config.sliding_window = None
         model.config._attn_implementation = "sdpa"
         with pytest.raises(ModaRuntimeError, match="after the patch"):
             model(**x)
@@ -466,7 +511,7 @@ def test_attention_weights_are_those_of_the_eager_implementation(name: str):
 def test_models_of_another_make_are_named():
     model = legacy_models.build("llava-standin")
     model.model.layers[1].self_attn = nn.Linear(2, 2)
-    with pytest.raises(ModaValueError, match="text attention Linear; wanted LlamaAttention"):
+    with pytest.raises(ModaValueError, match="text attention Linear; wanted LlamaAttention or MistralAttention"):
         moda_attn.apply(model)
     model = legacy_models.build("llava-standin")
     del model.model.layers[0].self_attn.rotary_emb

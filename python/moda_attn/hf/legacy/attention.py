@@ -1,4 +1,4 @@
-"""One patched Llama attention of transformers 4.37."""
+"""One patched attention of transformers 4.37."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 from ...errors import ModaRuntimeError, ModaValueError
 from ...layer import attend, attention_weights
 from ..names import NAME
+from ..placement import copy_in_use
 from .cache import LegacySeam
-from .structure import llama_namespace
+from .structure import namespace_of
 
 if TYPE_CHECKING:
     from ..._typing import LegacyAttention
@@ -44,7 +45,7 @@ def legacy_patched(cls: type) -> type:
                     f'modular mask; set it back to "{NAME}", or call moda_attn.remove'
                 )
             cache.call.entered.layers.add(self.layer_idx)
-            seam = LegacySeam(self.moda, cache)
+            seam = LegacySeam(None if self.moda is None else copy_in_use(self.moda), cache)
             if implementation == NAME:
                 return *_by_kernel(self, hidden_states, position_ids, seam, output_attentions), cache
             output, weights, _ = super().forward(
@@ -84,8 +85,13 @@ def _by_kernel(
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     length = count + seam.get_usable_length(count, attention.layer_idx)
+    window = getattr(attention.config, "sliding_window", None)
+    if window is not None and length > window:
+        raise ModaValueError(
+            f"{length} tokens exceed the sliding window of {window}, which is not supported on transformers 4.37"
+        )
     cos, sin = attention.rotary_emb(value, seq_len=length)
-    query, key = llama_namespace(attention)["apply_rotary_pos_emb"](query, key, cos, sin, position_ids)
+    query, key = namespace_of(attention)["apply_rotary_pos_emb"](query, key, cos, sin, position_ids)
     key, value = seam.update(key, value, attention.layer_idx)
     state = seam.state
     assert state is not None  # update has just set it

@@ -63,6 +63,10 @@ class LegacySeam:
         """Number of cached keys."""
         return self.cache.get_usable_length(new_seq_length, layer_idx)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The same; a flash attention asks for it."""
+        return self.cache.get_seq_length(layer_idx)
+
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Align `key` (B, Hkv, n, D), store it with `value`, and return all keys and values."""
         call, before = self.cache.call, self.cache.states.get(layer_idx)

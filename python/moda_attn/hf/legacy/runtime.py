@@ -16,7 +16,7 @@ from ...errors import ModaRuntimeError, ModaValueError
 from ..ids import ModaCall, describe_call
 from ..runtime import Runtime
 from .cache import cache_class
-from .structure import PREPARE, llama_namespace
+from .structure import PREPARE, namespace_of
 from .tokens import Prepared, prepare
 
 
@@ -91,7 +91,7 @@ class LegacyRuntime(Runtime):
         arguments = _named(module, args, kwargs)
         cache = arguments.get("past_key_values")
         if cache is None:
-            cache = cache_class(llama_namespace(module.layers[0].self_attn)["DynamicCache"])()
+            cache = cache_class(namespace_of(module.layers[0].self_attn)["DynamicCache"])()
             cache.storing = _caches(module, arguments.get("use_cache"))
         elif not hasattr(cache, "states"):
             raise ModaRuntimeError(
