@@ -13,8 +13,13 @@ use crate::spec;
 use crate::view::{View, ViewMut};
 use std::time::Duration;
 
-fn exec(threads: usize) -> Result<Exec> {
-    Ok(Exec { isa: dispatch::choice()?.isa, threads: threads.max(1) })
+/// Multiply-adds that one more thread must have to do: it takes several microseconds to be woken.
+const WORTH_A_THREAD: usize = 1 << 20;
+
+/// How a call of so many multiply-adds runs: on no more threads than are worth waking.
+fn exec(threads: usize, multiply_adds: usize) -> Result<Exec> {
+    let worth = 1 + multiply_adds / WORTH_A_THREAD;
+    Ok(Exec { isa: dispatch::choice()?.isa, threads: threads.min(worth).max(1) })
 }
 
 /// Duplex attention alignment (paper, equations 5 and 6): aligned keys and the bases.
@@ -23,7 +28,7 @@ pub fn duplex_align<T: CpuElement>(
     outputs: &mut AlignOutputs<'_, T>,
     threads: usize,
 ) -> Result<()> {
-    T::align(exec(threads)?, problem, outputs)
+    T::align(exec(threads, problem.multiply_adds())?, problem, outputs)
 }
 
 /// Gradients of [`duplex_align`].
@@ -33,7 +38,7 @@ pub fn duplex_align_backward<T: CpuElement>(
     gradients: &mut AlignGradients<'_, T>,
     threads: usize,
 ) -> Result<()> {
-    T::align_backward(exec(threads)?, problem, upstream, gradients)
+    T::align_backward(exec(threads, problem.multiply_adds().saturating_mul(3))?, problem, upstream, gradients)
 }
 
 /// Modular masked attention (paper, equations 7 to 10).
@@ -42,7 +47,7 @@ pub fn modular_attention<T: CpuElement>(
     outputs: &mut AttendOutputs<'_, T>,
     threads: usize,
 ) -> Result<()> {
-    T::attend(exec(threads)?, problem, outputs)
+    T::attend(exec(threads, problem.multiply_adds())?, problem, outputs)
 }
 
 /// Gradients of [`modular_attention`], recomputed from its output and logsumexp.
@@ -52,7 +57,7 @@ pub fn modular_attention_backward<T: CpuElement>(
     gradients: &mut AttendGradients<'_, T>,
     threads: usize,
 ) -> Result<()> {
-    T::attend_backward(exec(threads)?, problem, upstream, gradients)
+    T::attend_backward(exec(threads, problem.multiply_adds().saturating_mul(2))?, problem, upstream, gradients)
 }
 
 /// Pseudo-scores: the sink logit (B, Hq, Nq) of every query row (paper, equation 10).
@@ -73,5 +78,5 @@ pub fn pseudo_sink_backward<R: Real>(
 /// Floating point operations a second of a register loop of the products that [`modular_attention`] on this dtype is made
 /// of: what its speed is measured against.
 pub fn product_rate<T: CpuElement>(threads: usize, duration: Duration) -> Result<f64> {
-    Ok(T::product_rate(exec(threads)?, duration))
+    Ok(T::product_rate(exec(threads, usize::MAX)?, duration))
 }

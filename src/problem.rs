@@ -56,6 +56,11 @@ impl Combine {
     }
 }
 
+/// A product of sizes, as large as a number can say.
+fn product<const N: usize>(sizes: [usize; N]) -> usize {
+    sizes.into_iter().fold(1, usize::saturating_mul)
+}
+
 fn option(argument: &'static str, given: String, wanted: &str) -> Error {
     Error::Option { argument, given, wanted: wanted.to_owned() }
 }
@@ -134,6 +139,12 @@ impl<T: Element> AlignProblem<'_, T> {
     /// Number of modalities M.
     pub fn modalities(&self) -> usize {
         self.keep.shape()[0]
+    }
+
+    /// About how many multiply-adds forward takes: basis, keep and map of every token, and a map for every modality.
+    pub fn multiply_adds(&self) -> usize {
+        let [b, h, n, d] = self.key.shape();
+        product([b, h, d, d, 3 * n + self.modalities() * d])
     }
 }
 
@@ -218,6 +229,13 @@ impl<T: Element> AttendProblem<'_, T> {
     pub fn modalities(&self) -> usize {
         let span = || self.modality.span().max(self.query_modality.span()).max(1);
         self.num_modalities.or(self.bias.map(|bias| bias.shape()[2])).unwrap_or_else(span)
+    }
+
+    /// About how many multiply-adds forward takes: scores and weighted values.
+    pub fn multiply_adds(&self) -> usize {
+        let ([b, hq, nq, d], [_, _, nk, _]) = (self.query.shape(), self.key.shape());
+        let seen = if self.causal && nq > 1 { nk.saturating_sub(nq / 2) } else { nk };
+        product([b, hq, nq, 2 * d, seen])
     }
 
     /// Query heads that read one key head.

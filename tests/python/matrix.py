@@ -119,6 +119,26 @@ def padding(family: str) -> None:
     assert difference(logits(model, x)[real], together[real]) < TOLERANCE
 
 
+def training(family: str) -> None:
+    """Every MODA parameter gets a gradient, with gradient checkpointing the same."""
+    x = tiny.inputs(family, ROWS)
+    x["labels"] = x["input_ids"].masked_fill(x["attention_mask"] == 0, -100)
+    x["labels"][:, :-3] = -100
+    if "token_type_ids" in x and family == "paligemma":
+        x["token_type_ids"] = (x["labels"] != -100).long()
+    model = patched(family).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(**x).loss.backward()
+        own = {name: weight.grad for name, weight in model.named_parameters() if ".moda." in name}
+        assert all(gradient is not None and gradient.isfinite().all() and gradient.any() for gradient in own.values())
+        gradients.append(own)
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
 def persistence(family: str) -> None:
     """Saved and loaded into a fresh model, the logits are the same, bit for bit."""
     model, x = patched(family, ModaConfig(fuser_rank=2, **PLAIN)), tiny.inputs(family, ROWS)
@@ -174,7 +194,8 @@ def video(family: str) -> str | None:
     x = tiny.inputs(family, ["TTVTTT", "TVTTT" if family == "glm4v" else "TITTVTT"])
     two = patched(family)
     three = patched(family, ModaConfig(num_modalities=3, align=("text", "vision", "video"), **PLAIN))
-    for model in (two, three):
+    full = patched(family, ModaConfig(num_modalities=3, align=("text", "vision", "video")))
+    for model in (two, three, full):
         tokens, steps = generated(model, x)
         assert difference(steps, one_shot(model, x, tokens)) < TOLERANCE
     kinds = tiny.modality(family, x).masked_fill(x["attention_mask"] == 0, -1)
@@ -198,6 +219,7 @@ FEATURES: dict[str, Callable[[str], str | None]] = {
     "effect": effect,
     "generation": decode,
     "padding": padding,
+    "training": training,
     "save, load": persistence,
     "remove": removal,
     "video": video,

@@ -77,6 +77,23 @@ def test_remove_is_exact(family: str, config: ModaConfig):
         moda_attn.remove(model)
 
 
+def test_looking_at_attention_weights_leaves_nothing_behind():
+    """transformers 4 leaves a bound forward on every module that it watched: it would hide the patch and outlive it."""
+    model = tiny.build()
+    x = tiny.inputs("llava-llama", ["TTITTT"])
+    model.set_attn_implementation({"text_config": "eager"})
+    plain = logits(model, **x, output_attentions=True)
+    moda_attn.apply(model, ALIGN_ONLY)
+    tiny.randomise(model)
+    patched = logits(model, **x, output_attentions=True)
+    assert (patched - plain).abs().max() > 0.1
+    assert torch.equal(logits(model, **x), patched)
+    moda_attn.remove(model)
+    assert torch.equal(logits(model, **x), plain)
+    moda_attn.apply(model, ALIGN_ONLY)
+    assert torch.equal(logits(model, **x), plain)
+
+
 def test_apply_reports_and_is_idempotent():
     model = tiny.build()
     before = sum(parameter.numel() for parameter in model.parameters())

@@ -29,7 +29,7 @@ def refuse_foreign_forward(attention: nn.Module) -> None:
     cls = type(attention)
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     origin = inspect.unwrap(vars(owner)["forward"]).__module__
-    if "forward" in vars(attention) and not hasattr(attention, "_hf_hook"):
+    if "forward" in vars(attention) and not hasattr(attention, "_hf_hook") and not _is_the_class_forward(attention):
         what = "a forward of its own on the instance"
     elif origin != owner.__module__:
         what = f"a forward from {origin}"
@@ -100,9 +100,18 @@ def _past_the_patch(seam: CacheSeam) -> str:
     return "never updated its cache" if seam.state is None else f'did not call the attention function "{NAME}"'
 
 
+def _is_the_class_forward(attention: nn.Module) -> bool:
+    """Whether the forward on the instance is the one of its class, bound: so transformers 4 leaves it behind after a
+    call with `output_attentions`. It would outlive a change of the class."""
+    return getattr(vars(attention)["forward"], "__func__", None) is type(attention).forward
+
+
 def _take_hook(attention: nn.Module) -> Any:
     """Take accelerate's hook off: it stores a `forward` on the instance, which would shadow the class."""
     if "forward" not in vars(attention):
+        return None
+    if _is_the_class_forward(attention):
+        del vars(attention)["forward"]
         return None
     from accelerate.hooks import remove_hook_from_module
 
