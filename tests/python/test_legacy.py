@@ -374,7 +374,8 @@ def test_peft_trains_and_saves_moda_or_says_so(name: str, tmp_path: Any):
     batch = with_answers(name, ROWS, "right", torch.randint(2, legacy_models.VOCABULARY, (3, 3)))[0]
     model = patched(name).train()
     expected = model(**batch).loss
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["moda"]))
+    queries = r".*\.layers\.\d+\.self_attn\.q_proj"
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=queries, modules_to_save=["moda"]))
     loss = wrapped(**batch).loss
     assert torch.equal(loss, expected)
     loss.backward()
@@ -385,7 +386,7 @@ def test_peft_trains_and_saves_moda_or_says_so(name: str, tmp_path: Any):
     twin = legacy_models.build(name)
     moda_attn.load_pretrained(twin, tmp_path)
     assert torch.equal(logits(twin, **batch), logits(wrapped.eval(), **batch))
-    lost = peft.get_peft_model(patched(name).train(), peft.LoraConfig(target_modules=["q_proj"]))
+    lost = peft.get_peft_model(patched(name).train(), peft.LoraConfig(target_modules=queries))
     with pytest.raises(ModaRuntimeError, match="PEFT neither trains nor saves"):
         lost(**batch)
 
@@ -398,6 +399,22 @@ def test_weights_are_saved_by_layer_index(name: str, tmp_path: Any):
     twin = legacy_models.build(name)
     moda_attn.load_pretrained(twin, tmp_path)
     assert torch.equal(logits(twin, **x), expected)
+
+
+def test_released_weights_are_loaded(name: str):
+    """Their names are those of this code: `model.layers.i.self_attn.ratio_v`, and so on."""
+    model, x = legacy_models.build(name), legacy_models.inputs(name, ROWS)
+    real = legacy_models.truth(name, ROWS) >= 0
+    plain, state = logits(model, **x)[real], {}
+    for index in range(3):
+        stem = f"model.layers.{index}.self_attn."
+        state |= {stem + "ratio_v": torch.zeros(1, 1, 8), stem + "pfuser_v.weight": torch.eye(8)}
+    assert moda_attn.load_released(model, state).layers == (0, 1, 2)
+    assert torch.equal(logits(model, **x)[real], plain)
+    for index in range(3):
+        state[f"model.layers.{index}.self_attn.ratio_v"] = torch.randn(1, 1, 8)
+    moda_attn.load_released(model, state)
+    assert difference(logits(model, **x)[real], plain) > 0.1
 
 
 def test_a_deep_copy_is_independent(name: str):

@@ -43,8 +43,23 @@ def trained_copy(layer: nn.Module) -> ModaLayer:
     copies = getattr(layer, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return cast(ModaLayer, layer)
-    active = cast("list[str]", layer.active_adapters)
+    active = _active_adapters(layer)
     return cast(ModaLayer, copies[active[0]] if active else layer.original_module)
+
+
+def copy_in_use(layer: nn.Module) -> ModaLayer:
+    """The layer itself; where PEFT holds it, the copy that its wrapper would call.
+
+    For releases of PEFT whose wrapper has a forward and none of the layer's other attributes.
+    """
+    if not isinstance(getattr(layer, "modules_to_save", None), nn.ModuleDict):
+        return cast(ModaLayer, layer)
+    return cast(ModaLayer, layer.original_module) if layer.disable_adapters else trained_copy(layer)
+
+
+def _active_adapters(layer: Any) -> list[str]:
+    """Of PEFT's wrapper; older releases know one at most."""
+    return list(layer.active_adapters) if hasattr(layer, "active_adapters") else [layer.active_adapter]
 
 
 def read(module: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...errors import ModaRuntimeError, ModaValueError
 from ...layer import attend, attention_weights
 from ..names import NAME
+from ..placement import copy_in_use
 from .cache import LegacySeam
 from .structure import namespace_of
 
@@ -44,7 +45,7 @@ def legacy_patched(cls: type) -> type:
                     f'modular mask; set it back to "{NAME}", or call moda_attn.remove'
                 )
             cache.call.entered.layers.add(self.layer_idx)
-            seam = LegacySeam(self.moda, cache)
+            seam = LegacySeam(None if self.moda is None else copy_in_use(self.moda), cache)
             if implementation == NAME:
                 return *_by_kernel(self, hidden_states, position_ids, seam, output_attentions), cache
             output, weights, _ = super().forward(
