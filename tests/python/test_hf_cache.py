@@ -70,6 +70,8 @@ def test_generation_equals_eager_attention(pattern: str, cache: str):
 @pytest.mark.parametrize("cache", ["default", "never sliding", "static"])
 def test_generation_equals_one_forward_beyond_the_window(pattern: str, cache: str):
     """With everything learned: bases, pseudo-scores and prior."""
+    if (pattern, cache) == ("paligemma", "static") and tiny.RELEASE < (5, 0):
+        pytest.skip("in this release PaliGemma's own mask is another one with a static cache")
     x, model = inputs(pattern), build(pattern)
     moda_attn.apply(model)
     tiny.randomise(model)
@@ -84,6 +86,8 @@ def test_generation_equals_one_forward_beyond_the_window(pattern: str, cache: st
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_pattern_that_is_lost_would_be_noticed(pattern: str, monkeypatch: pytest.MonkeyPatch):
     """Negative control: plain causal attention in its place."""
+    if pattern == "paligemma" and tiny.RELEASE < (5, 0):
+        pytest.skip("in this release PaliGemma makes its mask itself, not by the mask interface")
     x, model = inputs(pattern), build(pattern)
     moda_attn.apply(model, matrix.ALIGN_ONLY, attention="moda")
     tokens, steps = matrix.generated(model, x, STEPS)
