@@ -10,6 +10,7 @@
 //! | 1 | `spec` | the formulas as slow, readable scalar code: what the kernels are tested against |
 //! | 2 | `cpu` | the fast kernels, written once over a small SIMD trait |
 //! | 3 | `dispatch` `op` | which kernel runs and why; the public operators |
+//! | 4 | `candle` | custom operators and a module for candle |
 //! | 4 | `dlpack` | foreign tensors become views, in one place |
 //! | 5 | `py` | the Python extension module |
 
@@ -27,6 +28,9 @@ pub mod cpu;
 
 pub mod dispatch;
 pub mod op;
+
+#[cfg(feature = "candle")]
+pub mod candle;
 
 #[cfg(feature = "python")]
 mod dlpack;
