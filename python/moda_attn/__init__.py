@@ -23,6 +23,8 @@ _ATTRIBUTES = {
     "explain": "_native",
     "list_errors": "_native",
     "load_pretrained": "hf",
+    "load_released": "hf",
+    "push_to_hub": "hf",
     "remove": "hf",
     "save_pretrained": "hf",
 }
@@ -39,7 +41,9 @@ __all__ = [
     "functional",
     "list_errors",
     "load_pretrained",
+    "load_released",
     "numpy",
+    "push_to_hub",
     "reference",
     "remove",
     "save_pretrained",
@@ -50,7 +54,7 @@ if TYPE_CHECKING:
     from ._native import build_info, explain, list_errors
     from .analysis import attention_balance
     from .config import ModaConfig
-    from .hf import apply, load_pretrained, remove, save_pretrained
+    from .hf import apply, load_pretrained, load_released, push_to_hub, remove, save_pretrained
     from .module import ModaAttention
     from .state import ModaCache
 

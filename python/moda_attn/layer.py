@@ -11,7 +11,7 @@ from . import functional as F
 from .aligner import DuplexAligner
 from .config import ModaConfig
 from .mask import LocationPrior, ModularMask, basis_affinity
-from .state import LayerState
+from .state import LayerState, Queries
 
 
 class ModaLayer(nn.Module):
@@ -36,6 +36,7 @@ class ModaLayer(nn.Module):
         super().__init__()
         where: dict[str, Any] = {"dtype": dtype, "device": device}
         self.config = config
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.aligner = DuplexAligner(config, head_dim, **where)
         self.mask = ModularMask(config, num_heads, num_kv_heads, head_dim, **where) if config.mask != "none" else None
         self.prior = LocationPrior(num_heads, **where) if config.location_prior else None
@@ -68,27 +69,28 @@ def attend(
     state: LayerState,
     *,
     scale: float,
+    queries: Queries | None = None,
     return_mass: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Modular causal attention of the last Nq tokens to all N.
+    """Modular causal attention of Nq tokens to N.
 
     Args:
         layer: the layer's parameters; None for plain attention.
         query: (B, Hq, Nq, D); key, value: (B, Hkv, N, D), aligned.
         state: of the N keys.
         scale: of the scores.
+        queries: the Nq tokens; default the last of the N.
         return_mass: also return the attention mass.
 
     Returns:
         The output (B, Hq, Nq, D), and the attention mass (B, Hq, Nq, 3), None where it was not asked for.
     """
-    rows = query.shape[2]
-    options: dict[str, Any] = {"scale": scale}
+    queries = state.queries(query.shape[2]) if queries is None else queries
+    options: dict[str, Any] = {"scale": scale, "query_modality": queries.modality}
     if layer is not None:
         options["combine"] = layer.config.combine
         if layer.mask is not None:
-            query_modality = state.modality[:, -rows:]
-            options["sink"] = layer.mask(query, query_modality, state.position[:, -rows:], scale)
+            options["sink"] = layer.mask(query, queries.modality, queries.position, scale)
         if layer.prior is not None:
             options["modality_bias"] = layer.prior(state.affinity)
     if return_mass:

@@ -10,6 +10,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Queries:
+    """What attention must know about its n queries, which may be fewer than the keys.
+
+    Attributes:
+        modality: (B, n), -1 for padding.
+        position: (B, n), 0-based among the real tokens of the row; meaningless for padding.
+    """
+
+    modality: Tensor
+    position: Tensor
+
+
+@dataclass(frozen=True)
 class LayerState:
     """Memory of one layer: the prompt's bases, and the modality of every key in its cache.
 
@@ -23,10 +36,11 @@ class LayerState:
     basis: Tensor | None = None
     affinity: Tensor | None = None
 
-    @property
-    def position(self) -> Tensor:
-        """(B, N): 0-based position of every token among the real tokens of its row; meaningless for padding."""
-        return (self.modality >= 0).long().cumsum(-1) - 1
+    def queries(self, rows: int) -> Queries:
+        """The last `rows` tokens as queries."""
+        position = (self.modality >= 0).long().cumsum(-1) - 1
+        first = self.modality.shape[1] - rows
+        return Queries(self.modality[:, first:], position[:, first:])
 
     def extended(self, modality: Tensor) -> LayerState:
         """The state after more tokens (B, n); the bases stay those of the prompt."""

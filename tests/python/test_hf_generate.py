@@ -99,7 +99,9 @@ def test_forgetting_the_basis_would_be_noticed(monkeypatch: pytest.MonkeyPatch):
     model = patched()
     x = tiny.inputs("llava-llama", ["TTITTT", "TITTTTITT"])
     kept = seam.remember
-    monkeypatch.setattr(seam, "remember", lambda cache, layer, state: kept(cache, layer, replace(state, basis=None)))
+    monkeypatch.setattr(
+        seam, "remember", lambda cache, layer, state, *rest: kept(cache, layer, replace(state, basis=None), *rest)
+    )
     tokens, steps = generated(model, x)
     assert difference(steps, one_shot(model, x, tokens)) > 0.1
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from .io import load_pretrained, save_pretrained
+from .io import load_pretrained, push_to_hub, save_pretrained
 from .patch import ApplyReport, apply, remove
 from .record import LayerMass, MassRecorder, record_mass
 from .registry import FAMILIES, Family
+from .released import load_released
 
 __all__ = [
     "FAMILIES",
@@ -15,6 +16,8 @@ __all__ = [
     "MassRecorder",
     "apply",
     "load_pretrained",
+    "load_released",
+    "push_to_hub",
     "record_mass",
     "remove",
     "save_pretrained",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -15,6 +16,27 @@ from .seam import CacheSeam
 if TYPE_CHECKING:
     from .._typing import PatchedAttention
     from .runtime import Runtime
+
+
+def refuse_foreign_forward(attention: nn.Module) -> None:
+    """Raise where another patch gave `attention` a forward of its own: it would hide ours, or ours it.
+
+    Raises:
+        ModaValueError: a forward on the instance that is not accelerate's, or one on the class that does not come from
+            the module that defines the class.
+    """
+    cls = type(attention)
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    origin = inspect.unwrap(vars(owner)["forward"]).__module__
+    if "forward" in vars(attention) and not hasattr(attention, "_hf_hook"):
+        what = "a forward of its own on the instance"
+    elif origin != owner.__module__:
+        what = f"a forward from {origin}"
+    else:
+        return
+    raise ModaValueError(
+        f"{cls.__name__} has {what} (another patch, such as Unsloth's); moda-attn cannot be applied on top of it"
+    )
 
 
 def patch_attention(attention: nn.Module, layer: ModaLayer | None, runtime: Runtime) -> None:
@@ -51,27 +73,32 @@ def _patched(cls: type) -> type:
                     f"the attention implementation was set to {implementation!r} after the patch, which would drop the "
                     f'modular mask; set it back to "{NAME}", or call moda_attn.remove'
                 )
-            call.entered.add(self.layer_idx)
+            call.entered.layers.add(self.layer_idx)
             seam = CacheSeam(self.moda, call, past_key_values)
-            return super().forward(hidden_states, *args, past_key_values=seam, moda_seam=seam, **kwargs)
+            output = super().forward(hidden_states, *args, past_key_values=seam, moda_seam=seam, **kwargs)
+            if seam.state is None or (implementation == NAME and not seam.attended):
+                raise ModaRuntimeError(
+                    f"the forward of {cls.__name__} {_past_the_patch(seam)}: another patch replaced it (Unsloth's, for "
+                    "instance), and MODA would silently not run"
+                )
+            return output
 
     Patched.__name__ = f"Moda{cls.__name__}"
     Patched.__qualname__ = Patched.__name__
     return Patched
 
 
+def _past_the_patch(seam: CacheSeam) -> str:
+    return "never updated its cache" if seam.state is None else f'did not call the attention function "{NAME}"'
+
+
 def _take_hook(attention: nn.Module) -> Any:
     """Take accelerate's hook off: it stores a `forward` on the instance, which would shadow the class."""
     if "forward" not in vars(attention):
         return None
-    hook = getattr(attention, "_hf_hook", None)
-    if hook is None:
-        raise ModaValueError(
-            f"{type(attention).__name__} has a forward of its own on the instance (another patch, such as Unsloth's); "
-            "moda-attn cannot be applied on top of it"
-        )
     from accelerate.hooks import remove_hook_from_module
 
+    hook = attention._hf_hook
     remove_hook_from_module(attention)
     vars(attention).pop("forward", None)
     return hook

@@ -16,6 +16,14 @@ from ..errors import ModaTypeError, ModaValueError
 OWN_ARGUMENTS = ("modality_ids", "mm_token_type_ids", "moda_context")
 
 
+class Entered:
+    """Counts the layers that ran in one call. No bare set: FSDP with mixed precision hands every layer a copy of each
+    container and dataclass among its arguments, and what the layer notes in the copy would be lost."""
+
+    def __init__(self) -> None:
+        self.layers: set[int] = set()
+
+
 @dataclass
 class ModaCall:
     """What every layer must know about the tokens of one forward call.
@@ -25,12 +33,12 @@ class ModaCall:
     Attributes:
         modality: (B, n), of the n new tokens: 0 text, 1 vision, -1 padding.
         context: (B, n) bool, the tokens that may feed a basis; None for all that are no padding.
-        entered: indices of the layers that ran.
+        entered: the layers that ran.
     """
 
     modality: Tensor
     context: Tensor | None
-    entered: set[int] = field(default_factory=set)
+    entered: Entered = field(default_factory=Entered)
 
 
 def describe_call(
@@ -83,16 +91,19 @@ def _refuse_packed_rows(arguments: Mapping[str, Any]) -> None:
     positions = arguments.get("position_ids")
     if positions is None or arguments.get("attention_mask") is not None or torch.compiler.is_compiling():
         return
+    if positions.dim() != 2:  # Several axes, as in Qwen2-VL: not one count of tokens.
+        return
     if past_length(arguments.get("past_key_values")) == 0 and (positions.diff(dim=-1) != 1).any():
         raise ModaValueError("position_ids do not rise by one, and no attention_mask: packed rows are not supported")
 
 
 def refuse_late_images(arguments: Mapping[str, Any]) -> None:
-    """Raise where images arrive on a cache that holds a prompt: the bases are those of the first call."""
-    length = past_length(arguments.get("past_key_values"))
-    if _has_images(arguments) and isinstance(length, int) and length:
+    """Raise where images arrive, in a call on a cache that holds a prompt: the bases are those of the first call."""
+    if _has_images(arguments):
+        length = past_length(arguments["past_key_values"])
         raise ModaValueError(
-            f"images in a call on a cache of {length} tokens: give the whole prompt in one call with an empty cache"
+            f"images in a call on a cache of {int(length)} tokens: give the whole prompt in one call with an empty "
+            "cache; a later turn of text needs none, its images are cached"
         )
 
 
@@ -102,21 +113,50 @@ def _has_images(arguments: Mapping[str, Any]) -> bool:
 
 
 def _real_tokens(arguments: Mapping[str, Any], count: int) -> Tensor | None:
-    """(B, n) bool, false on padding, for the last `count` tokens; None where the call has no mask."""
-    mask = arguments.get("attention_mask")
+    """(B, n) bool, false on padding, for the `count` new tokens; None where the call has no mask."""
+    mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
+    if isinstance(mask, Mapping):
+        # One mask for every kind of layer, as `generate` makes them for a static cache.
+        masks = [mask.get("full_attention"), *mask.values()]
+        mask = next((given for given in masks if given is not None), None)
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ModaValueError(f"attention_mask is {shape}; wanted (B, N), or (B, 1, Nq, Nk) as a static cache makes it")
     if mask.dim() == 2:
-        if mask.shape[1] < count:
-            raise ModaValueError(f"attention_mask has {mask.shape[1]} columns for {count} new tokens")
-        return mask[:, -count:].bool()
-    # The last query row of a causal mask sees every real token.
-    start = int(past_length(arguments.get("past_key_values")))
-    row = mask[:, 0, -1, start : start + count]
-    return row if row.dtype == torch.bool else row >= 0
+        return new_columns(mask, cache, count).bool()
+    if mask.dtype == torch.int32:
+        # Visible keys as [first, last): a token that is no padding sees at least itself.
+        return (mask[..., 0] < mask[..., 1])[:, 0]
+    # A token that is no padding sees itself: the diagonal that starts at the first new key.
+    column = past_length(cache) + torch.arange(count, device=mask.device) - _first_key(cache)
+    itself = mask[:, 0].gather(-1, column[None, :, None].expand(mask.shape[0], -1, 1))[..., 0]
+    return itself if itself.dtype == torch.bool else itself >= 0
+
+
+def new_columns(mask: Tensor, cache: Any, count: int) -> Tensor:
+    """The columns (B, n) of a mask (B, N) over all tokens, those of the cache too, that belong to the new ones.
+
+    For a static cache the mask may be longer than what the cache holds.
+    """
+    start = past_length(cache)
+    if isinstance(start, Tensor) and (torch.compiler.is_compiling() or start.device.type != "cpu"):
+        return mask.index_select(1, start + torch.arange(count, device=start.device))
+    if mask.shape[1] < int(start) + count:
+        raise ModaValueError(
+            f"attention_mask has {mask.shape[1]} columns for {count} new tokens after {int(start)} in the cache"
+        )
+    return mask[:, int(start) : int(start) + count]
+
+
+def _first_key(cache: Any) -> Any:
+    """Position of the first key in the masks of a cache's first layer: a sliding layer has let go of those before."""
+    layer: Any = cache.layers[0] if cache is not None and cache.layers else None
+    if not getattr(layer, "is_sliding", False):
+        return 0
+    window = getattr(layer, "max_cache_len", None) or layer.sliding_window
+    return max(int(past_length(cache)) - window + 1, 0)
 
 
 def past_length(cache: Any) -> int:

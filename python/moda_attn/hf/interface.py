@@ -40,7 +40,7 @@ def moda_attention(
     Returns:
         (B, n, Hq, D), and None for the attention weights, which are never formed.
     """
-    if moda_seam is None or moda_seam.state is None:
+    if moda_seam is None or moda_seam.state is None or moda_seam.queries is None:
         raise ModaRuntimeError(
             f'{type(module).__name__} uses attention "moda" but is not patched; call moda_attn.apply'
         )
@@ -52,25 +52,27 @@ def moda_attention(
         )
     if kwargs.get("softcap") is not None:
         raise ModaValueError("softcap is not supported")
-    state = moda_seam.state
-    length = state.modality.shape[1]
-    if key.shape[2] < length:
-        raise ModaValueError(
-            f"{length} tokens, but the cache kept {key.shape[2]}: a sliding window cannot be expressed"
-        )
+    moda_seam.attended = True
+    state, queries = moda_seam.state, moda_seam.queries
+    if query.shape[2] > 1:
+        # A static cache gives back more than it holds. One query sees none of that, as its modality is padding; more
+        # queries would stand at the end of it.
+        held = moda_seam.held
+        key, value, state = key[:, :, :held], value[:, :, :held], state.shortened(held)
     patched = cast("PatchedAttention", module)
     recorder = patched.moda_runtime.recorder
     result, mass = attend(
         moda_seam.layer,
         query,
-        key[:, :, :length],
-        value[:, :, :length],
+        key,
+        value,
         state,
         scale=scaling,
+        queries=queries,
         return_mass=recorder is not None,
     )
     if recorder is not None and mass is not None:
-        recorder.add(patched.layer_idx, mass, state.modality[:, -query.shape[2] :])
+        recorder.add(patched.layer_idx, mass, queries.modality)
     return result.transpose(1, 2).contiguous(), None
 
 

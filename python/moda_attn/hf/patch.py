@@ -13,10 +13,12 @@ from .._checks import compute_dtype
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaTypeError, ModaValueError
 from ..layer import ModaLayer
-from .attention import patch_attention, unpatch_attention
+from .attention import patch_attention, refuse_foreign_forward, unpatch_attention
 from .interface import NAME, register
+from .placement import home_of
 from .registry import Family, family_of
 from .runtime import Runtime
+from .wrappers import refuse_removal
 
 if TYPE_CHECKING:
     from .._typing import PatchedAttention, TextAttention, VisionLanguageModel
@@ -99,11 +101,13 @@ def remove(model: nn.Module) -> None:
     """Undo :func:`apply`: classes, hooks, attention implementation and parameters are those from before, bit for bit.
 
     Raises:
-        ModaValueError: the model is not patched.
+        ModaValueError: the model is not patched, or PEFT or FSDP holds the parameters.
     """
     runtime = runtime_of(model)
     if runtime is None:
         raise ModaValueError(f"{type(model).__name__} is not patched; nothing to remove")
+    if runtime.config is not None:
+        refuse_removal(model, moda_layers(model).values())
     for module in runtime.family.attentions(model):
         unpatch_attention(module)
     runtime.disconnect(model)
@@ -161,6 +165,8 @@ def _install(
 ) -> Runtime:
     register()
     attentions = family.attentions(model)
+    for module in attentions:
+        refuse_foreign_forward(module)
     image_token = getattr(model.config, family.image_token)
     runtime = Runtime(family, config, image_token, len(attentions), _get_attention(model, family))
     if use_kernel:
@@ -174,17 +180,14 @@ def _install(
 
 def _new_layer(config: ModaConfig, attention: TextAttention) -> ModaLayer:
     """Fresh parameters for one attention module, on its device; float32, or float64 for a float64 model."""
-    weight = attention.k_proj.weight
-    if weight.device.type == "meta":
-        raise ModaValueError("the model's weights are on the meta device: load them first, then apply")
     text = attention.config
     return ModaLayer(
         config,
         text.num_attention_heads,
         text.num_key_value_heads,
         attention.head_dim,
-        dtype=compute_dtype(weight.dtype),
-        device=weight.device,
+        dtype=compute_dtype(attention.k_proj.weight.dtype),
+        device=home_of(attention.k_proj),
     )
 
 

@@ -12,12 +12,19 @@ from torch import Tensor, nn
 
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaValueError
-from .ids import OWN_ARGUMENTS, describe_call, refuse_late_images
+from .ids import OWN_ARGUMENTS, describe_call, new_columns, refuse_late_images
+from .memory import is_filled
+from .prompt import Prompt
 from .registry import Family
+from .wrappers import refuse_lost_parameters
 
 if TYPE_CHECKING:
     from .._typing import VisionLanguageModel
     from .record import MassRecorder
+
+
+#: Entry points of continuous batching; every other one of transformers goes through these.
+REFUSED = ("init_continuous_batching", "continuous_batching_context_manager", "generate_batch")
 
 
 @dataclass
@@ -31,7 +38,7 @@ class Runtime:
         layers: number of layers of the text decoder.
         attention: name of the attention implementation before the patch.
         recorder: receives the attention mass of every layer while set.
-        prompt_length: number of prompt columns while the model generates.
+        prompt: of the running `generate`.
     """
 
     family: Family
@@ -40,39 +47,60 @@ class Runtime:
     layers: int
     attention: str
     recorder: MassRecorder | None = None
-    prompt_length: int | None = None
+    prompt: Prompt | None = None
     handles: list[Any] = field(default_factory=list)
 
     def connect(self, model: nn.Module) -> None:
         """Hook the model and its core, and stand before `generate`. Bound methods: a deep copy gets its own."""
         core = model.get_submodule(self.family.core)
         for module in dict.fromkeys((model, core)):
-            self.handles.append(module.register_forward_pre_hook(self.before_forward, with_kwargs=True))
+            hook = functools.partial(self.before_forward, _positional(module))
+            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self.handles.append(core.register_forward_hook(self.after_forward, with_kwargs=True))
         vars(model)["generate"] = functools.partial(self.generate, model)
+        if self.config is not None:
+            from .io import save_beside
+
+            vars(model)["save_pretrained"] = functools.partial(save_beside, model)
+        for name in REFUSED:
+            if hasattr(model, name):
+                vars(model)[name] = functools.partial(refuse_continuous_batching, name)
 
     def disconnect(self, model: nn.Module) -> None:
         """Undo :meth:`connect`."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        del model.generate
+        for name in ("generate", "save_pretrained", *REFUSED):
+            vars(model).pop(name, None)
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Add what the layers must know about the tokens to the keyword arguments; the outermost module does it."""
+    def before_forward(
+        self, names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        """Add what the layers must know about the tokens to the keyword arguments; the outermost module does it.
+
+        `names` are those of the module's positional arguments, read beforehand: torch.compile cannot read a signature.
+        """
         if kwargs.get("moda_call") is not None:
             return None
+        training = module.training and torch.is_grad_enabled()
+        if training and vars(module).get("moda_runtime") is self and not torch.compiler.is_compiling():
+            self._refuse_lost_parameters(module)
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if name in kwargs}
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
-        arguments = {**inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments, **kwargs, **own}
-        if self.config is not None and self.config.needs_basis:
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs, **own}
+        filled = is_filled(arguments.get("past_key_values"))
+        if self.config is not None and self.config.needs_basis and filled:
             refuse_late_images(arguments)
+        prompt = None if filled else self.prompt
+        if prompt is not None:
+            arguments |= prompt.describe(arguments)
         call = describe_call(
             arguments,
             self.image_token,
             context="all" if self.config is None else self.config.context,
-            training=module.training and torch.is_grad_enabled(),
-            prompt_length=self.prompt_length,
+            training=training,
+            prompt_length=None if prompt is None else prompt.length,
         )
         kwargs["moda_call"] = call
         positions = _positions(arguments, call.modality.shape[1])
@@ -80,31 +108,51 @@ class Runtime:
             kwargs["position_ids"] = positions
         return args, kwargs
 
+    def _refuse_lost_parameters(self, model: nn.Module) -> None:
+        from .patch import moda_layers
+
+        refuse_lost_parameters(model, moda_layers(model).values())
+
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Raise when a layer was passed by: a wrapper that hides the patched class would be a silent no-op."""
-        missed = sorted(set(range(self.layers)) - kwargs["moda_call"].entered)
+        missed = sorted(set(range(self.layers)) - kwargs["moda_call"].entered.layers)
         if missed:
             raise ModaRuntimeError(f"patched layers {missed} were not entered; another patch hides them")
 
     def generate(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, with the length of the prompt known: only the prompt may feed a basis."""
-        llava = cast("VisionLanguageModel", model)
-        settings = kwargs.get("generation_config") or llava.generation_config
-        if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
+        vision_language = cast("VisionLanguageModel", model)
+        settings = kwargs.get("generation_config") or vision_language.generation_config
+        chunked = kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
+        if chunked and self.config is not None and self.config.needs_basis:
             raise ModaValueError("prefill_chunk_size is not supported: the bases need the whole prompt in one call")
-        prompt = (
-            args[0]
-            if args
-            else next(
-                (kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None),
-                None,
-            )
-        )
-        self.prompt_length = prompt.shape[1] if isinstance(prompt, Tensor) else None
+        outer, self.prompt = self.prompt, Prompt.take(args, kwargs)
+        if is_filled(kwargs.get("past_key_values")) and (self.prompt.modality_ids, self.prompt.context) != (None, None):
+            raise ModaValueError("modality_ids and moda_context describe a prompt; past_key_values holds one already")
         try:
-            return type(llava).generate(llava, *args, **kwargs)
+            return type(vision_language).generate(vision_language, *args, **kwargs)
         finally:
-            self.prompt_length = None
+            self.prompt = outer
+
+
+def _positional(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments that a module's forward takes by position."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in positional)
+
+
+def refuse_continuous_batching(name: str, *_: Any, **__: Any) -> None:
+    """Stands before the entry points of continuous batching.
+
+    Raises:
+        ModaValueError: always. Its rows share one paged sequence and its prompts come in pieces, where bases and
+            positions are a row's own and need the whole prompt.
+    """
+    raise ModaValueError(
+        f"{name} is not supported on a patched model: continuous batching cuts prompts into pieces and packs them into "
+        "one row, the bases need whole prompts; use generate with a padded batch"
+    )
 
 
 def _positions(arguments: dict[str, Any], count: int) -> Tensor | None:
@@ -116,4 +164,4 @@ def _positions(arguments: dict[str, Any], count: int) -> Tensor | None:
     mask = arguments.get("attention_mask")
     if arguments.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
+    return new_columns((mask.long().cumsum(-1) - 1).clamp(min=0), arguments.get("past_key_values"), count)

@@ -1,10 +1,10 @@
 //! Forward: online softmax over key blocks, the sink in the running maximum, mass in the same pass.
 
-use super::mask::{Block, Content, Part, Row, Tables};
+use super::finish::Finish;
+use super::mask::{Block, Content, Part, Tables};
 use super::plan::{KEYS, ROWS, RowBlock, Sizes, row_blocks};
 use super::rows::{RowInfo, Tile, infos, tiles};
 use crate::cpu::buffer::Buffer;
-use crate::cpu::kernel::exp2::exp2_one;
 use crate::cpu::kernel::gemm::{Left, Right, Size, Target, gemm};
 use crate::cpu::kernel::pack;
 use crate::cpu::kernel::softmax::{Running, Span, clear, softmax, split_sum};
@@ -253,59 +253,17 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         }
     }
 
-    /// Closes one softmax: logsumexp, mass, and the normalised sums.
+    /// Closes one softmax of every row.
     #[inline(always)]
     fn finish(&mut self, [b, part]: [usize; 2], outputs: &AttendOutputs<'_, T>) {
-        let Sizes { depth, stride, vectors, parts, .. } = self.sizes;
+        let finish = Finish { problem: self.problem, outputs, sizes: self.sizes };
+        let stride = self.sizes.stride;
         for (row, (info, running)) in self.infos.iter().zip(&self.running).enumerate() {
-            let Row { head, .. } = info.row;
-            // SAFETY: this task alone owns the rows of its row block in every output.
-            let logsumexp = unsafe { outputs.logsumexp.element([b, head, part, info.query]) };
-            let mut factor = S::Real::ZERO;
-            *logsumexp = S::Real::INFINITY;
-            if running.seen {
-                factor = S::Real::ONE / running.total;
-                // Backward takes every probability from this number: it is rounded once, to its own type.
-                let natural = running.top.to_f64() * std::f64::consts::LN_2 + running.total.to_f64().ln();
-                *logsumexp = S::Real::from_f64(natural);
-            }
-            if let Some(mass) = &outputs.mass {
-                let sink = self.problem.sink.map(|sink| sink.get([b, head, info.query, part]) * S::Real::LOG2_E);
-                // An infinite sink is its own maximum, and the difference of the two is no number.
-                let pseudo = match sink {
-                    None => S::Real::ZERO,
-                    Some(sink) if sink == running.top => S::Real::ONE,
-                    Some(sink) => exp2_one(self.s, sink - running.top),
-                };
-                for (at, share) in [running.own, running.cross, pseudo].into_iter().enumerate() {
-                    // SAFETY: as above.
-                    let mass = unsafe { mass.element([b, head, info.query, at]) };
-                    let earlier = if part == 0 { S::Real::ZERO } else { *mass };
-                    *mass = earlier + if running.seen { share * factor } else { S::Real::ZERO };
-                }
-            }
-            // SAFETY: the row's sums and result, and its place in the outputs.
+            // SAFETY: this task alone owns the rows of its row block; the buffers hold every row of it, `result` for "split".
             unsafe {
                 let sums = self.sums.as_ptr().add(row * stride);
-                if parts == 1 {
-                    pack::unpack(self.s, sums, factor, depth, outputs.out.block([b, head, info.query]).as_mut_ptr());
-                    continue;
-                }
-                let result = self.result.as_mut_ptr().add(row * stride);
-                pack::accumulate(self.s, sums, factor, result, (vectors, part > 0));
-                if let Some(both) = &outputs.parts {
-                    let target = both.block([b, head, part, info.query]);
-                    pack::unpack(self.s, sums, factor, depth, target.as_mut_ptr());
-                }
-                if part + 1 == parts {
-                    pack::unpack(
-                        self.s,
-                        result,
-                        S::Real::ONE,
-                        depth,
-                        outputs.out.block([b, head, info.query]).as_mut_ptr(),
-                    );
-                }
+                let result = self.result.as_mut_ptr().wrapping_add(row * stride);
+                finish.row(self.s, ([b, part], info), running, (sums, result));
             }
         }
     }

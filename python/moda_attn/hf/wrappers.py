@@ -1,0 +1,51 @@
+"""Wrappers around a patched model that must know its MODA parameters: PEFT, DistributedDataParallel, FSDP."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import ModaRuntimeError, ModaValueError
+from .placement import is_sharded
+
+
+def refuse_lost_parameters(model: nn.Module, layers: Collection[nn.Module]) -> None:
+    """Raise in a training step that would leave MODA's parameters behind, in silence.
+
+    Args:
+        model: the patched model.
+        layers: its MODA layers, as they hang in the model.
+
+    Raises:
+        ModaRuntimeError: PEFT froze them and would not save them, or DistributedDataParallel was there before them and
+            would let each rank train its own.
+    """
+    if hasattr(model, "peft_config") and not all(hasattr(layer, "modules_to_save") for layer in layers):
+        raise ModaRuntimeError(
+            "PEFT neither trains nor saves MODA's parameters here: wrap the patched model with "
+            'modules_to_save=["moda"] in the adapter\'s configuration'
+        )
+    # None outside of a DDP forward, and where DDP leaves gradients to another reducer.
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is None:
+        return
+    known = {id(parameter) for parameter in wrapper._module_parameters}
+    if any(id(parameter) not in known for layer in layers for parameter in layer.parameters()):
+        raise ModaRuntimeError(
+            "DistributedDataParallel does not know MODA's parameters, which would differ from rank to rank: apply "
+            "first, then wrap"
+        )
+
+
+def refuse_removal(model: nn.Module, layers: Collection[nn.Module]) -> None:
+    """Raise where a wrapper holds parameters that `remove` would take away.
+
+    Raises:
+        ModaValueError: PEFT or FSDP holds them.
+    """
+    if hasattr(model, "peft_config"):
+        raise ModaValueError("PEFT holds MODA's parameters: merge or unload its adapter first")
+    if any(is_sharded(parameter) for layer in layers for parameter in layer.parameters()):
+        raise ModaValueError("FSDP holds MODA's parameters: save them, and load them into a model that is not sharded")
