@@ -22,6 +22,20 @@ pub fn count(shape: &[usize]) -> Option<usize> {
     shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size))
 }
 
+/// Every index of a shape, in row-major order.
+pub fn for_each_index<const N: usize>(shape: [usize; N], mut visit: impl FnMut([usize; N])) {
+    if shape.contains(&0) {
+        return;
+    }
+    let mut index = [0; N];
+    loop {
+        visit(index);
+        let Some(axis) = (0..N).rev().find(|&axis| index[axis] + 1 < shape[axis]) else { return };
+        index[axis] += 1;
+        index[axis + 1..].fill(0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -39,5 +53,13 @@ mod tests {
         assert_eq!(contiguous_strides([2, 0, 4]), [4, 4, 1]);
         assert_eq!(count(&[2, 0, 4]), Some(0));
         assert_eq!(count(&[usize::MAX, 2]), None);
+    }
+
+    #[test]
+    fn indices_run_row_major() {
+        let mut seen = Vec::new();
+        for_each_index([2, 3], |index| seen.push(index));
+        assert_eq!(seen, [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]);
+        for_each_index([2, 0], |_| panic!("nothing to visit"));
     }
 }

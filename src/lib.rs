@@ -6,7 +6,7 @@
 //!
 //! | layer | modules | what lives there |
 //! |---|---|---|
-//! | 0 | `error` `dtype` `layout` `view` `ids` `problem` | the vocabulary; a problem is validated once, then trusted |
+//! | 0 | `error` `dtype` `layout` `view` `ids` `range` `problem` | the vocabulary; a problem is validated once, then trusted |
 //! | 1 | `spec` | the formulas as slow, readable scalar code: what the kernels are tested against |
 //! | 2 | `cpu` | the fast kernels, written once over a small SIMD trait |
 //! | 3 | `dispatch` `op` | which kernel runs and why; the public operators |
@@ -20,6 +20,7 @@ pub mod dtype;
 pub mod ids;
 pub mod layout;
 pub mod problem;
+pub mod range;
 pub mod view;
 
 pub mod spec;

@@ -4,7 +4,9 @@ use crate::dtype::{Element, Real};
 use crate::error::{Error, Result};
 use crate::ids::{Ids, MAX_MODALITIES};
 use crate::layout::print_shape;
+use crate::range::KeyRanges;
 use crate::view::{View, ViewMut};
+use std::ops::Range;
 
 /// What the weights of a modality's basis are: `G = sum of k^ᵀ w` over its context tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,6 +144,8 @@ pub struct AttendProblem<'a, T: Element> {
     pub sink: Option<View<'a, T::Acc, 4>>,
     /// Modality bias (B, Hq, M, M), [query modality, key modality]; (B|1, Hq|1, M, M) before validation.
     pub bias: Option<View<'a, T::Acc, 4>>,
+    /// Key j is visible to query i only inside the range of its row, (B|1, Nq). None: no such limit.
+    pub key_range: Option<&'a KeyRanges>,
     /// Key j is visible to query i only where j <= i + (Nk - Nq).
     pub causal: bool,
     /// Factor on q . k'.
@@ -182,6 +186,12 @@ impl<T: Element> AttendProblem<'_, T> {
                 shape_error("modality_bias", &bias.shape(), format!("(B|1, Hq|1, M, M) = ({b}|1, {hq}|1, M, M)"))
             })?);
         }
+        if let Some([rows, queries]) = self.key_range.map(KeyRanges::shape)
+            && ((rows != b && rows != 1) || queries != nq)
+        {
+            let wanted = format!("(B|1, Nq, 2) = ({b}|1, {nq}, 2)");
+            return Err(shape_error("key_range", &[rows, queries, 2], wanted));
+        }
         if !self.scale.is_finite() {
             return Err(option("scale", self.scale.to_string(), "a finite number"));
         }
@@ -201,10 +211,12 @@ impl<T: Element> AttendProblem<'_, T> {
         hq.checked_div(hkv).unwrap_or(0)
     }
 
-    /// Query i sees only keys `0 .. visible(i)` (and of those not the padding): the causal limit.
-    pub fn visible(&self, i: usize) -> usize {
+    /// The keys that query i of batch row b sees, but for the padding among them: its range within the causal limit.
+    pub fn visible(&self, b: usize, i: usize) -> Range<usize> {
         let (nq, nk) = (self.query.shape()[2], self.key.shape()[2]);
-        if self.causal { (i + 1 + nk).saturating_sub(nq).min(nk) } else { nk }
+        let limit = if self.causal { (i + 1 + nk).saturating_sub(nq).min(nk) } else { nk };
+        let Range { start, end } = self.key_range.map_or(0..nk, |ranges| ranges.get(b, i));
+        if start < end.min(limit) { start..end.min(limit) } else { 0..0 }
     }
 }
 

@@ -5,7 +5,7 @@
 
 use crate::dtype::{DType, Scalar};
 use crate::error::{Error, Result};
-use crate::layout::{contiguous_strides, count, print_shape};
+use crate::layout::{contiguous_strides, count, for_each_index, print_shape};
 use std::marker::PhantomData;
 
 /// A tensor of any dtype and rank, borrowed from its owner.
@@ -85,6 +85,38 @@ impl<'a> RawView<'a> {
             return Err(Error::Shape { argument, given, wanted: "a contiguous tensor to write into".to_owned() });
         }
         Ok(ViewMut { pointer: view.pointer.cast_mut(), shape: view.shape, owner: PhantomData })
+    }
+
+    /// Visits every element of a tensor of any integer dtype in row-major order; returns the shape. What does not fit
+    /// an `i64` counts as the largest one.
+    pub fn integers<const R: usize>(
+        &self,
+        argument: &'static str,
+        wanted: &str,
+        visit: impl FnMut([usize; R], i64),
+    ) -> Result<[usize; R]> {
+        fn each<T: Scalar + TryInto<i64>, const R: usize>(
+            view: Result<View<'_, T, R>>,
+            mut visit: impl FnMut([usize; R], i64),
+        ) -> Result<[usize; R]> {
+            let view = view?;
+            for_each_index(view.shape, |index| visit(index, view.get(index).try_into().unwrap_or(i64::MAX)));
+            Ok(view.shape)
+        }
+        match self.dtype {
+            DType::Int8 => each::<i8, R>(self.typed(argument, wanted), visit),
+            DType::Int16 => each::<i16, R>(self.typed(argument, wanted), visit),
+            DType::Int32 => each::<i32, R>(self.typed(argument, wanted), visit),
+            DType::Int64 => each::<i64, R>(self.typed(argument, wanted), visit),
+            DType::UInt8 => each::<u8, R>(self.typed(argument, wanted), visit),
+            DType::UInt16 => each::<u16, R>(self.typed(argument, wanted), visit),
+            DType::UInt32 => each::<u32, R>(self.typed(argument, wanted), visit),
+            DType::UInt64 => each::<u64, R>(self.typed(argument, wanted), visit),
+            other => {
+                let (given, wanted) = (other.name().to_owned(), "an integer dtype".to_owned());
+                Err(Error::DType { argument, given, wanted })
+            }
+        }
     }
 
     fn parts<const R: usize>(&self, argument: &'static str, wanted: &str) -> Result<([usize; R], [isize; R])> {

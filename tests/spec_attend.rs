@@ -4,12 +4,13 @@
 mod common;
 
 use common::{
-    AttendCase, AttendOptions, BiasTable, Layout, Padding, Rng, Sinks, Storage, Tensor, assert_close,
+    AttendCase, AttendOptions, BiasTable, Layout, Padding, Ranges, Rng, Sinks, Storage, Tensor, assert_close,
     assert_close_for_size, derivative,
 };
 use moda_attn::dtype::Element;
 use moda_attn::ids::PADDING;
 use moda_attn::problem::Combine;
+use moda_attn::range::KeyRanges;
 use moda_attn::spec;
 
 /// Σ out · out_gradient, whose gradients backward gives.
@@ -74,6 +75,7 @@ fn gradients_are_the_differences_of_the_output() {
                         layout: rng.pick(&Layout::ALL),
                         sinks: rng.pick(&[Sinks::Absent, Sinks::Usual]),
                         bias: rng.pick(&[BiasTable::Absent, BiasTable::Finite, BiasTable::Forbidding]),
+                        ranges: rng.pick(&Ranges::ALL),
                         storage: rng.pick(&Storage::ALL),
                         ..Default::default()
                     };
@@ -127,6 +129,7 @@ const JOINT: AttendOptions = AttendOptions {
     combine: Combine::Joint,
     sinks: Sinks::Absent,
     bias: BiasTable::Absent,
+    ranges: Ranges::Absent,
     storage: Storage::Contiguous,
     spread: 1.0,
 };
@@ -177,7 +180,7 @@ fn bias_moves_mass_between_modalities() {
 fn the_causal_limit_is_aligned_at_the_bottom_right() {
     let options = AttendOptions { queries: 2, keys: 5, sinks: Sinks::Absent, ..Default::default() };
     let case = AttendCase::<f64>::new(&mut Rng::new(3), options);
-    assert_eq!([0, 1].map(|i| case.problem().visible(i)), [4, 5]);
+    assert_eq!([0, 1].map(|i| case.problem().visible(0, i)), [0..4, 0..5]);
     let options = AttendOptions { queries: 5, keys: 2, sinks: Sinks::Usual, ..Default::default() };
     let case = AttendCase::<f64>::new(&mut Rng::new(3), options);
     let result = case.truth();
@@ -188,6 +191,27 @@ fn the_causal_limit_is_aligned_at_the_bottom_right() {
         assert_eq!(case.true_gradients().sink.unwrap().get([0, 0, i, 0]), 0.0);
     }
     assert!(result.out.get([0, 0, 3, 0]) != 0.0);
+}
+
+#[test]
+fn a_query_sees_its_range_within_the_causal_limit() {
+    let ranged = |pairs: &[[i64; 2]], options: AttendOptions| {
+        let mut case = uniform(&[0; 5], options);
+        case.ranges = Some(KeyRanges::from_slice(pairs, [1, 5], 5));
+        case
+    };
+    // A window of two keys.
+    let case = ranged(&[[-1, 9], [0, 9], [1, 9], [2, 9], [3, 9]], JOINT);
+    assert_close("window", &case.truth().out.values(), &[1.0, 1.5, 2.5, 3.5, 4.5], 1e-15);
+    // Two sequences packed in a row, one bidirectional, and a query that sees nothing.
+    let free = AttendOptions { causal: false, ..JOINT };
+    let case = with_sink(ranged(&[[0, 2], [0, 2], [2, 5], [4, 4], [3, 1]], free), &[f64::NEG_INFINITY; 5]);
+    let (result, gradients) = (case.truth(), case.true_gradients());
+    assert_close("packed", &result.out.values(), &[1.5, 1.5, 4.0, 0.0, 0.0], 1e-15);
+    assert_eq!(result.logsumexp.values()[3..], [f64::INFINITY; 2]);
+    assert_eq!(result.mass.values()[9..], [0.0; 6]);
+    assert_eq!(gradients.query.values()[3..], [0.0; 2]);
+    assert_eq!(gradients.sink.unwrap().values()[3..], [0.0; 2]);
 }
 
 #[test]

@@ -78,6 +78,7 @@ def modular_attention(
     scale: float | None,
     sink: Any,
     modality_bias: Any,
+    key_range: Any,
     combine: str,
     return_mass: bool,
 ) -> Array | tuple[Array, Array]:
@@ -87,6 +88,7 @@ def modular_attention(
     out = empty(shape, _floating(dtype))
     logsumexp = empty((*shape[:2], softmaxes, *shape[2:3]), work)
     mass = empty((*shape[:3], 3), work) if return_mass else None
-    inputs = (query, key, value, modality, query_modality, is_causal, scale, sink, modality_bias, combine)
+    options = (is_causal, scale, sink, modality_bias, key_range, combine)
+    inputs = (query, key, value, modality, query_modality, *options)
     _native.attend_forward(*inputs, out, logsumexp, None, mass, threads())
     return out if mass is None else (out, mass)

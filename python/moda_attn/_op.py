@@ -37,13 +37,13 @@ _SCHEMAS = {
     ),
     "modular_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor modality, Tensor? query_modality, bool is_causal,"
-        " float? scale, Tensor? sink, Tensor? modality_bias, str combine, bool return_mass)"
+        " float? scale, Tensor? sink, Tensor? modality_bias, Tensor? key_range, str combine, bool return_mass)"
         " -> (Tensor out, Tensor logsumexp, Tensor parts, Tensor mass)"
     ),
     "modular_attention_backward": (
         "(Tensor query, Tensor key, Tensor value, Tensor modality, Tensor? query_modality, bool is_causal,"
-        " float? scale, Tensor? sink, Tensor? modality_bias, str combine, Tensor d_out, Tensor out, Tensor logsumexp,"
-        " Tensor parts, bool needs_sink, bool needs_bias)"
+        " float? scale, Tensor? sink, Tensor? modality_bias, Tensor? key_range, str combine, Tensor d_out, Tensor out,"
+        " Tensor logsumexp, Tensor parts, bool needs_sink, bool needs_bias)"
         " -> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_sink, Tensor d_bias)"
     ),
 }
@@ -198,6 +198,7 @@ def _attention_outputs(
     scale: float | None,
     sink: Tensor | None,
     modality_bias: Tensor | None,
+    key_range: Tensor | None,
     combine: str,
     return_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -231,6 +232,7 @@ def _attention_gradients(
     scale: float | None,
     sink: Tensor | None,
     modality_bias: Tensor | None,
+    key_range: Tensor | None,
     combine: str,
     d_out: Tensor,
     out: Tensor,
@@ -261,9 +263,9 @@ def _attention_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    query, key, value, modality, query_modality, is_causal, scale, sink, modality_bias, combine, _ = inputs
+    query, key, value, modality, query_modality, is_causal, scale, sink, modality_bias, key_range, combine, _ = inputs
     out, logsumexp, parts, mass = output
-    saved = (query, key, value, modality, query_modality, sink, modality_bias, out, logsumexp, parts)
+    saved = (query, key, value, modality, query_modality, sink, modality_bias, key_range, out, logsumexp, parts)
     ctx.save_for_backward(*saved)
     ctx.options = is_causal, scale, combine
     ctx.mark_non_differentiable(logsumexp, parts, mass)
@@ -272,18 +274,20 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 def _attention_formula(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_out is None:
-        return (None,) * 11
-    query, key, value, modality, query_modality, sink, modality_bias, out, logsumexp, parts = ctx.saved_tensors
+        return (None,) * 12
+    query, key, value, modality, query_modality, sink, modality_bias, key_range, *upstream = ctx.saved_tensors
     is_causal, scale, combine = ctx.options
     needs_sink, needs_bias = ctx.needs_input_grad[7], ctx.needs_input_grad[8]
-    inputs = (query, key, value, modality, query_modality, is_causal, scale, sink, modality_bias, combine)
-    upstream = (d_out, out, logsumexp, parts, needs_sink, needs_bias)
-    d_query, d_key, d_value, d_sink, d_bias = torch.ops.moda_attn.modular_attention_backward.default(*inputs, *upstream)
+    inputs = (query, key, value, modality, query_modality, is_causal, scale, sink, modality_bias, key_range, combine)
+    gradients = torch.ops.moda_attn.modular_attention_backward.default(
+        *inputs, d_out, *upstream, needs_sink, needs_bias
+    )
+    d_query, d_key, d_value, d_sink, d_bias = gradients
     if needs_sink and combine != "split":
         d_sink = d_sink.squeeze(-1)
     d_sink = d_sink.sum_to_size(sink.shape) if needs_sink else None
     d_bias = d_bias.sum_to_size(modality_bias.shape) if needs_bias else None
-    return d_query, d_key, d_value, None, None, None, None, d_sink, d_bias, None, None
+    return d_query, d_key, d_value, None, None, None, None, d_sink, d_bias, None, None, None
 
 
 # Registration.

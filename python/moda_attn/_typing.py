@@ -2,7 +2,7 @@
 
 transformers has no types for what its model families share, and torch types every attribute of a module that it does
 not know as ``Tensor | Module``. These classes name what the patch reads and writes; modules are cast to them where they
-enter, in :meth:`moda_attn.hf.registry.Family.attentions` and its neighbours.
+enter, in :meth:`moda_attn.hf.structure.Structure.attentions` and its neighbours.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from typing import Any
 
 from .errors import ModaValueError
 
-#: Names of the first modality ids; further modalities are written as their id.
-MODALITIES = ("text", "vision", "audio", "video")
-TEXT, VISION, PADDING = 0, 1, -1
+#: Names of the first modality ids, in the order of transformers' `mm_token_type_ids`; others are written as their id.
+MODALITIES = ("text", "vision", "video", "audio")
+TEXT, VISION, VIDEO, PADDING = 0, 1, 2, -1
 
 _CHOICES = {
     "basis": ("covariance", "gram"),
@@ -30,7 +30,7 @@ class ModaConfig:
     The default is the paper's method with values that are safe to patch a pretrained model with.
 
     Attributes:
-        num_modalities: M; ids run from 0 (text) and 1 (vision) to M - 1.
+        num_modalities: M; ids run from 0 (text) and 1 (vision) to M - 1. 2 is video: with M = 2 it counts as vision.
         align: modalities whose keys are aligned, by name or id; ``()`` turns alignment off.
         basis: "covariance" or "gram", what the basis of a modality is (equation 5; table 1b).
         aligner: "basis", or the ablations of table 1b: "mlp", "mlp2", "mlp2_gelu".

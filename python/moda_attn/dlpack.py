@@ -77,6 +77,7 @@ def modular_attention(
     scale: float | None = None,
     sink: Any | None = None,
     modality_bias: Any | None = None,
+    key_range: Any | None = None,
     combine: str = "joint",
     return_mass: Literal[False] = False,
 ) -> Tensor: ...
@@ -94,6 +95,7 @@ def modular_attention(
     scale: float | None = None,
     sink: Any | None = None,
     modality_bias: Any | None = None,
+    key_range: Any | None = None,
     combine: str = "joint",
     return_mass: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -110,6 +112,7 @@ def modular_attention(
     scale: float | None = None,
     sink: Any | None = None,
     modality_bias: Any | None = None,
+    key_range: Any | None = None,
     combine: str = "joint",
     return_mass: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -123,6 +126,7 @@ def modular_attention(
         scale: factor on q . k, default ``D ** -0.5``.
         sink: (B|1, Hq|1, Nq), for ``"split"`` (B|1, Hq|1, Nq, 2), float32 (float64 for float64 queries).
         modality_bias: (B|1, Hq|1, M, M), the sink's dtype; -inf forbids a pair.
+        key_range: (B|1, Nq, 2), any integer dtype: the first key a query may see and one past the last, clamped.
         combine: ``"joint"`` or ``"split"``.
         return_mass: also return where the attention went.
 
@@ -132,5 +136,5 @@ def modular_attention(
     Raises:
         ModaTypeError, ModaValueError: as :func:`moda_attn.functional.modular_attention`.
     """
-    options = (query_modality, is_causal, scale, sink, modality_bias, combine, return_mass)
+    options = (query_modality, is_causal, scale, sink, modality_bias, key_range, combine, return_mass)
     return _arrays.modular_attention(Tensor.zeros, query, key, value, modality, *options)

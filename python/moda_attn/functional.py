@@ -110,6 +110,7 @@ def modular_attention(
     scale: float | None = None,
     sink: Tensor | None = None,
     modality_bias: Tensor | None = None,
+    key_range: Tensor | None = None,
     combine: str = "joint",
     return_mass: Literal[False] = False,
 ) -> Tensor: ...
@@ -127,6 +128,7 @@ def modular_attention(
     scale: float | None = None,
     sink: Tensor | None = None,
     modality_bias: Tensor | None = None,
+    key_range: Tensor | None = None,
     combine: str = "joint",
     return_mass: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -143,6 +145,7 @@ def modular_attention(
     scale: float | None = None,
     sink: Tensor | None = None,
     modality_bias: Tensor | None = None,
+    key_range: Tensor | None = None,
     combine: str = "joint",
     return_mass: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -163,6 +166,11 @@ def modular_attention(
             keys; float32 (float64 for float64 queries). Default: no pseudo-scores.
         modality_bias: (B|1, Hq|1, M, M), [query modality, key modality], added to the scores; -inf forbids that pair.
             The sink's dtype. Ids must lie below its M.
+        key_range: (B|1, Nq, 2), any integer dtype: query i sees key j only where ``first <= j < last``, beside padding
+            and the causal limit. Bounds outside 0 .. Nk are clamped, so that a window of w keys is ``is_causal=True``
+            with first = i + Nk - Nq - w + 1; a block that sees all of itself, or a prefix, is ``is_causal=False`` with
+            last = its end; packed sequences have first and last = their own. Blocks of keys that no query sees cost
+            nothing. Default: every key.
         combine: ``"joint"``, one softmax over the row (equation 9), or ``"split"``, one over the keys of the query's
             own modality and one over the others, each with its own sink, whose outputs add (equations 7 and 8).
         return_mass: also return where the attention went.
@@ -178,11 +186,11 @@ def modular_attention(
             more queries than keys without `query_modality`.
     """
     _check(("query", query), key=key, value=value, modality=modality)
-    _check(("query", query), optional=True, query_modality=query_modality, sink=sink, modality_bias=modality_bias)
+    tables = {"sink": sink, "modality_bias": modality_bias, "key_range": key_range}
+    _check(("query", query), optional=True, query_modality=query_modality, **tables)
     query, key, value = _autocast(query, key, value)
-    out, _, _, mass = _op.modular_attention(
-        query, key, value, modality, query_modality, is_causal, scale, sink, modality_bias, combine, return_mass
-    )
+    options = (query_modality, is_causal, scale, sink, modality_bias, key_range, combine, return_mass)
+    out, _, _, mass = _op.modular_attention(query, key, value, modality, *options)
     return (out, mass) if return_mass else out
 
 

@@ -72,7 +72,7 @@ def attend(
     queries: Queries | None = None,
     return_mass: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Modular causal attention of Nq tokens to N.
+    """Modular attention of Nq tokens to N, causal unless the queries say which keys they see.
 
     Args:
         layer: the layer's parameters; None for plain attention.
@@ -87,6 +87,8 @@ def attend(
     """
     queries = state.queries(query.shape[2]) if queries is None else queries
     options: dict[str, Any] = {"scale": scale, "query_modality": queries.modality}
+    if queries.key_range is not None:
+        options |= {"key_range": queries.key_range, "is_causal": False}
     if layer is not None:
         options["combine"] = layer.config.combine
         if layer.mask is not None:
@@ -96,3 +98,28 @@ def attend(
     if return_mass:
         return F.modular_attention(query, key, value, state.modality, return_mass=True, **options)
     return F.modular_attention(query, key, value, state.modality, **options), None
+
+
+def attention_weights(
+    layer: ModaLayer | None,
+    query: Tensor,
+    key: Tensor,
+    state: LayerState,
+    *,
+    scale: float,
+    queries: Queries | None = None,
+) -> Tensor:
+    """The weights of every key in :func:`attend`, (B, Hq, Nq, N): for looking at, as they take N times the memory.
+
+    A row sums to one less what its pseudo-scores take. They come from the kernel itself: attention to values that are
+    columns of the identity, D keys at a time.
+    """
+    batch, heads, length, dim = key.shape
+    blocks = []
+    for first in range(0, length, dim):
+        width = min(dim, length - first)
+        value = key.new_zeros(length, dim)
+        value[first : first + width, :width].fill_diagonal_(1)
+        value = value.expand(batch, heads, length, dim)
+        blocks.append(attend(layer, query, key, value, state, scale=scale, queries=queries)[0][..., :width])
+    return torch.cat(blocks, dim=-1)

@@ -89,6 +89,7 @@ def modular_attention(
     scale: float | None = None,
     sink: Array | None = None,
     modality_bias: Array | None = None,
+    key_range: Array | None = None,
     combine: str = "joint",
     return_mass: Literal[False] = False,
 ) -> Array: ...
@@ -106,6 +107,7 @@ def modular_attention(
     scale: float | None = None,
     sink: Array | None = None,
     modality_bias: Array | None = None,
+    key_range: Array | None = None,
     combine: str = "joint",
     return_mass: Literal[True],
 ) -> tuple[Array, Array]: ...
@@ -122,6 +124,7 @@ def modular_attention(
     scale: float | None = None,
     sink: Array | None = None,
     modality_bias: Array | None = None,
+    key_range: Array | None = None,
     combine: str = "joint",
     return_mass: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -135,6 +138,7 @@ def modular_attention(
         scale: factor on q . k, default ``D ** -0.5``.
         sink: (B|1, Hq|1, Nq), for ``"split"`` (B|1, Hq|1, Nq, 2), float32 (float64 for float64 queries).
         modality_bias: (B|1, Hq|1, M, M), the sink's dtype; -inf forbids a pair.
+        key_range: (B|1, Nq, 2), any integer dtype: the first key a query may see and one past the last, clamped.
         combine: ``"joint"`` or ``"split"``.
         return_mass: also return where the attention went.
 
@@ -144,5 +148,5 @@ def modular_attention(
     Raises:
         ModaTypeError, ModaValueError: as :func:`moda_attn.functional.modular_attention`.
     """
-    options = (query_modality, is_causal, scale, sink, modality_bias, combine, return_mass)
+    options = (query_modality, is_causal, scale, sink, modality_bias, key_range, combine, return_mass)
     return _arrays.modular_attention(_empty, query, key, value, modality, *options)

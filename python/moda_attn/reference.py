@@ -186,6 +186,7 @@ def modular_attention(
     scale: float | None = None,
     sink: Tensor | None = None,
     modality_bias: Tensor | None = None,
+    key_range: Tensor | None = None,
     combine: str = "joint",
     return_mass: Literal[False] = False,
 ) -> Tensor: ...
@@ -203,6 +204,7 @@ def modular_attention(
     scale: float | None = None,
     sink: Tensor | None = None,
     modality_bias: Tensor | None = None,
+    key_range: Tensor | None = None,
     combine: str = "joint",
     return_mass: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -219,6 +221,7 @@ def modular_attention(
     scale: float | None = None,
     sink: Tensor | None = None,
     modality_bias: Tensor | None = None,
+    key_range: Tensor | None = None,
     combine: str = "joint",
     return_mass: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -234,6 +237,7 @@ def modular_attention(
             (float64 for float64 queries).
         modality_bias: (B|1, Hq|1, M, M), added to the scores by modality of query and key; -inf forbids the pair.
             Its dtype as for sink.
+        key_range: (B|1, Nq, 2) of integers: query i sees key j only where first <= j < last; bounds may lie outside.
         combine: "joint", one softmax over the row, or "split", one over the keys of the query's own modality plus one
             over the keys of the others, each with its own sink; an empty part gives zeros.
         return_mass: also return where the attention went.
@@ -248,6 +252,7 @@ def modular_attention(
     query_modality = _check_attention(query, key, value, modality, query_modality)
     work = check.compute_dtype(query.dtype)
     _check_tables(query, modality, query_modality, sink, modality_bias, combine)
+    _check_ranges(query, key_range)
     _, heads, rows, dim = query.shape
     columns = key.shape[2]
 
@@ -260,9 +265,12 @@ def modular_attention(
 
     scores = (dim**-0.5 if scale is None else scale) * (q @ k.transpose(-1, -2))
     visible = ~hidden_query & ~hidden_key.transpose(-1, -2)
+    i, j = torch.arange(rows, device=q.device), torch.arange(columns, device=q.device)
     if is_causal:
-        i, j = torch.arange(rows, device=q.device), torch.arange(columns, device=q.device)
         visible = visible & (j[None, :] <= i[:, None] + (columns - rows))
+    if key_range is not None:
+        first, last = key_range[:, None, :, :1], key_range[:, None, :, 1:]
+        visible = visible & (first <= j) & (j < last)
     if modality_bias is not None:
         bias = _spread(modality_bias, query_modality, modality)
         visible = visible & (bias > -torch.inf)
@@ -360,3 +368,11 @@ def _check_tables(
         )
     check.modality_ids("modality", modality, modalities)
     check.modality_ids("query_modality", query_modality, modalities)
+
+
+def _check_ranges(query: Tensor, key_range: Tensor | None) -> None:
+    """Check the key ranges of attention."""
+    if key_range is not None:
+        check.tensors(query=query, key_range=key_range)
+        check.shape("key_range", key_range, ((query.shape[0], 1), query.shape[2], 2), "(B|1, Nq, 2)")
+        check.dtype_in("key_range", key_range, check.INTEGERS)

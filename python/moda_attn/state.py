@@ -16,10 +16,12 @@ class Queries:
     Attributes:
         modality: (B, n), -1 for padding.
         position: (B, n), 0-based among the real tokens of the row; meaningless for padding.
+        key_range: (B|1, n, 2), the interval [first, last) of keys that each may see; None for the causal one.
     """
 
     modality: Tensor
     position: Tensor
+    key_range: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 use crate::dtype::{DType, Element, Real, Scalar};
 use crate::error::{Error, Result};
 use crate::ids::{Ids, MAX_MODALITIES};
-use crate::layout::print_shape;
+use crate::layout::{count, for_each_index, print_shape};
+use crate::range::KeyRanges;
 use crate::view::{RawView, View, ViewMut};
 
 /// A tensor to write, of exactly this shape.
@@ -49,6 +50,16 @@ pub(super) fn ids(
         return Err(Error::Shape { argument, given: print_shape(tensor.shape()), wanted });
     }
     Ids::read(argument, tensor, modalities)
+}
+
+/// The key ranges of [B, Nq] queries on `keys` keys. The shape is checked before they are read, as for ids.
+pub(super) fn key_range(tensor: &RawView<'_>, [batch, queries]: [usize; 2], keys: usize) -> Result<KeyRanges> {
+    let argument = "key_range";
+    if !matches!(tensor.shape(), &[rows, n, 2] if (rows == batch || rows == 1) && n == queries) {
+        let wanted = format!("(B|1, Nq, 2) = ({batch}|1, {queries}, 2)");
+        return Err(Error::Shape { argument, given: print_shape(tensor.shape()), wanted });
+    }
+    KeyRanges::read(argument, tensor, keys)
 }
 
 /// A vector of exactly this capacity, or an error where the memory is not to be had.
@@ -114,60 +125,15 @@ impl<R: Real, const N: usize> Table<R, N> {
 
 /// Reads integers of any width.
 pub(super) fn integers(argument: &'static str, tensor: &RawView<'_>, meaning: &str) -> Result<(Vec<i64>, [usize; 2])> {
-    fn read<T: Scalar + TryInto<i64>>(
-        argument: &'static str,
-        tensor: &RawView<'_>,
-        meaning: &str,
-    ) -> Result<(Vec<i64>, [usize; 2])> {
-        let view: View<'_, T, 2> = tensor.typed(argument, meaning)?;
-        let [rows, columns] = view.shape();
-        let mut numbers = reserve(rows.saturating_mul(columns), argument)?;
-        for_each_index([rows, columns], |index| numbers.push(view.get(index).try_into().unwrap_or(i64::MAX)));
-        Ok((numbers, [rows, columns]))
-    }
-    let read = match tensor.dtype() {
-        DType::Int8 => read::<i8>,
-        DType::Int16 => read::<i16>,
-        DType::Int32 => read::<i32>,
-        DType::Int64 => read::<i64>,
-        DType::UInt8 => read::<u8>,
-        DType::UInt16 => read::<u16>,
-        DType::UInt32 => read::<u32>,
-        DType::UInt64 => read::<u64>,
-        other => {
-            let (given, wanted) = (other.name().to_owned(), "an integer dtype".to_owned());
-            return Err(Error::DType { argument, given, wanted });
-        }
-    };
-    read(argument, tensor, meaning)
-}
-
-/// Every index of a shape, in row-major order.
-fn for_each_index<const N: usize>(shape: [usize; N], mut visit: impl FnMut([usize; N])) {
-    if shape.contains(&0) {
-        return;
-    }
-    let mut index = [0; N];
-    loop {
-        visit(index);
-        let Some(axis) = (0..N).rev().find(|&axis| index[axis] + 1 < shape[axis]) else { return };
-        index[axis] += 1;
-        index[axis + 1..].fill(0);
-    }
+    let mut numbers = reserve(count(tensor.shape()).unwrap_or(usize::MAX), argument)?;
+    let shape = tensor.integers(argument, meaning, |_, number| numbers.push(number))?;
+    Ok((numbers, shape))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use half::{bf16, f16};
-
-    #[test]
-    fn indices_run_row_major() {
-        let mut seen = Vec::new();
-        for_each_index([2, 3], |index| seen.push(index));
-        assert_eq!(seen, [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]);
-        for_each_index([2, 0], |_| panic!("nothing to visit"));
-    }
 
     #[test]
     fn parameters_widen_from_the_dtype_of_key_or_float32() {

@@ -1,6 +1,6 @@
 //! Modular attention for Python, forward and backward.
 
-use super::arguments::{gradient, ids, output};
+use super::arguments::{gradient, ids, key_range, output};
 use super::call::{compute, for_element};
 use crate::cpu::CpuElement;
 use crate::dlpack::Imported;
@@ -10,6 +10,7 @@ use crate::ids::{Ids, MAX_MODALITIES};
 use crate::layout::print_shape;
 use crate::op;
 use crate::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine};
+use crate::range::KeyRanges;
 use crate::view::{RawView, View};
 use pyo3::prelude::*;
 
@@ -24,13 +25,15 @@ struct Inputs<'a> {
     scale: Option<f64>,
     sink: Option<&'a RawView<'a>>,
     bias: Option<&'a RawView<'a>>,
+    key_range: Option<&'a RawView<'a>>,
     combine: Combine,
 }
 
-/// The ids of keys and queries, read before a problem can borrow them.
+/// The ids of keys and queries and the ranges of the queries, read before a problem can borrow them.
 struct Tokens {
     keys: Ids,
     queries: Ids,
+    ranges: Option<KeyRanges>,
 }
 
 impl Inputs<'_> {
@@ -68,7 +71,8 @@ impl Inputs<'_> {
                 wanted: format!("(B, Nk) with Nk >= Nq = {nq}, or query_modality (B, Nq) given"),
             })?
         };
-        Ok(Tokens { keys, queries })
+        let ranges = self.key_range.map(|given| key_range(given, [b, nq], nk)).transpose()?;
+        Ok(Tokens { keys, queries, ranges })
     }
 
     fn problem<'s, T: Element>(&'s self, tokens: &'s Tokens) -> Result<AttendProblem<'s, T>> {
@@ -82,6 +86,7 @@ impl Inputs<'_> {
             query_modality: &tokens.queries,
             sink: self.sink::<T>()?,
             bias: self.bias::<T>()?,
+            key_range: tokens.ranges.as_ref(),
             causal: self.causal,
             scale: T::Acc::from_f64(self.scale.unwrap_or_else(|| dim.sqrt().recip())),
             combine: self.combine,
@@ -112,6 +117,7 @@ pub(super) fn attend_forward(
     scale: Option<f64>,
     sink: Option<&Bound<'_, PyAny>>,
     bias: Option<&Bound<'_, PyAny>>,
+    key_range: Option<&Bound<'_, PyAny>>,
     combine: &str,
     out: &Bound<'_, PyAny>,
     lse: &Bound<'_, PyAny>,
@@ -124,6 +130,7 @@ pub(super) fn attend_forward(
     let modality = Imported::new("modality", modality)?;
     let query_modality = Imported::optional("query_modality", query_modality)?;
     let (sink, bias) = (Imported::optional("sink", sink)?, Imported::optional("modality_bias", bias)?);
+    let key_range = Imported::optional("key_range", key_range)?;
     let (out, lse) = (Imported::writable("out", out)?, Imported::writable("lse", lse)?);
     let parts = parts.map(|parts| Imported::writable("parts", parts)).transpose()?;
     let mass = mass.map(|mass| Imported::writable("mass", mass)).transpose()?;
@@ -137,6 +144,7 @@ pub(super) fn attend_forward(
         scale,
         sink: sink.as_ref().map(Imported::view),
         bias: bias.as_ref().map(Imported::view),
+        key_range: key_range.as_ref().map(Imported::view),
         combine: Combine::parse(combine)?,
     };
     let work = Forward {
@@ -193,6 +201,7 @@ pub(super) fn attend_backward(
     scale: Option<f64>,
     sink: Option<&Bound<'_, PyAny>>,
     bias: Option<&Bound<'_, PyAny>>,
+    key_range: Option<&Bound<'_, PyAny>>,
     combine: &str,
     d_out: &Bound<'_, PyAny>,
     out: &Bound<'_, PyAny>,
@@ -210,6 +219,7 @@ pub(super) fn attend_backward(
     let modality = Imported::new("modality", modality)?;
     let query_modality = Imported::optional("query_modality", query_modality)?;
     let (sink, bias) = (Imported::optional("sink", sink)?, Imported::optional("modality_bias", bias)?);
+    let key_range = Imported::optional("key_range", key_range)?;
     let (d_out, out) = (Imported::new("d_out", d_out)?, Imported::new("out", out)?);
     let (lse, parts) = (Imported::new("lse", lse)?, Imported::optional("parts", parts)?);
     let d_query = Imported::writable("d_query", d_query)?;
@@ -226,6 +236,7 @@ pub(super) fn attend_backward(
         scale,
         sink: sink.as_ref().map(Imported::view),
         bias: bias.as_ref().map(Imported::view),
+        key_range: key_range.as_ref().map(Imported::view),
         combine: Combine::parse(combine)?,
     };
     let work = Backward {

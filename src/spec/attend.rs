@@ -158,7 +158,8 @@ impl<'p, 'a, T: Element> Head<'p, 'a, T> {
         self.problem.sink.map_or(T::Acc::NEG_INFINITY, |sink| sink.get([self.b, self.h, i, part]))
     }
 
-    /// Every key that query i sees, with its score: not padding, within the causal limit, not forbidden by the bias.
+    /// Every key that query i sees, with its score: not padding, within its range and the causal limit, not forbidden by
+    /// the bias.
     fn pairs(&self, i: usize) -> Vec<Pair<T::Acc>> {
         let (own, others) = (self.problem.query_modality.row(self.b)[i], self.problem.modality.row(self.b));
         let mut pairs = Vec::new();
@@ -166,7 +167,7 @@ impl<'p, 'a, T: Element> Head<'p, 'a, T> {
             return pairs;
         }
         let query_is_finite = self.query[i].iter().all(|q| q.is_finite());
-        for j in (0..self.problem.visible(i)).filter(|&j| others[j] != PADDING) {
+        for j in self.problem.visible(self.b, i).filter(|&j| others[j] != PADDING) {
             let (m_i, m_j) = self.modalities(i, j);
             let bias = self.problem.bias.map_or(T::Acc::ZERO, |bias| bias.get([self.b, self.h, m_i, m_j]));
             if bias == T::Acc::NEG_INFINITY {

@@ -1,6 +1,7 @@
 //! Random attention problems.
 
 use super::close::{assert_close, assert_close_for_size, assert_each_close, tolerance};
+use super::ranges::Ranges;
 use super::rng::{Rng, narrow};
 use super::sizes::Sizes;
 use super::tensor::{Storage, Tensor};
@@ -8,6 +9,7 @@ use super::tokens::{self, Layout, Padding};
 use moda_attn::dtype::{Element, Real};
 use moda_attn::ids::{Ids, PADDING};
 use moda_attn::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine};
+use moda_attn::range::KeyRanges;
 use moda_attn::spec;
 use moda_attn::view::ViewMut;
 
@@ -51,6 +53,7 @@ pub(crate) struct AttendOptions {
     pub(crate) combine: Combine,
     pub(crate) sinks: Sinks,
     pub(crate) bias: BiasTable,
+    pub(crate) ranges: Ranges,
     pub(crate) storage: Storage,
     /// Standard deviation of queries and keys.
     pub(crate) spread: f64,
@@ -72,6 +75,7 @@ impl Default for AttendOptions {
             combine: Combine::Joint,
             sinks: Sinks::Usual,
             bias: BiasTable::Finite,
+            ranges: Ranges::Absent,
             storage: Storage::Contiguous,
             spread: 1.0,
         }
@@ -104,6 +108,7 @@ impl AttendOptions {
             bias: rng.pick(&[BiasTable::Absent, BiasTable::Finite, BiasTable::Shared, BiasTable::Forbidding]),
             storage: rng.pick(&Storage::ALL),
             spread: rng.pick(&[0.1, 1.0, 2.0]),
+            ranges: rng.pick(&Ranges::ALL),
         }
     }
 }
@@ -120,6 +125,7 @@ pub(crate) struct AttendCase<T: Element> {
     pub(crate) query_modality: Ids,
     pub(crate) sink: Option<Tensor<T::Acc, 4>>,
     pub(crate) bias: Option<Tensor<T::Acc, 4>>,
+    pub(crate) ranges: Option<KeyRanges>,
     pub(crate) scale: T::Acc,
     pub(crate) out_gradient: Tensor<T, 4>,
 }
@@ -144,8 +150,9 @@ impl<T: Element> AttendCase<T> {
         let value = tensor([batch, key_heads, keys, dim], 1.0, &modality);
         let out_gradient = Tensor::new(rng.normals(query.len(), 1.0), query.shape).stored(storage);
         let (sink, bias) = (sinks(rng, options), bias(rng, options));
+        let ranges = options.ranges.draw(rng, [batch, queries, keys]);
         let scale = T::Acc::from_f64((dim as f64).powf(-0.5));
-        Self { options, query, key, value, modality, query_modality, sink, bias, scale, out_gradient }
+        Self { options, query, key, value, modality, query_modality, sink, bias, ranges, scale, out_gradient }
     }
 
     pub(crate) fn random(rng: &mut Rng) -> Self {
@@ -162,6 +169,7 @@ impl<T: Element> AttendCase<T> {
             query_modality: &self.query_modality,
             sink: self.sink.as_ref().map(Tensor::view),
             bias: self.bias.as_ref().map(Tensor::view),
+            key_range: self.ranges.as_ref(),
             causal: self.options.causal,
             scale: self.scale,
             combine: self.options.combine,
@@ -180,6 +188,7 @@ impl<T: Element> AttendCase<T> {
             query_modality: self.query_modality.clone(),
             sink: self.sink.as_ref().map(Tensor::widened),
             bias: self.bias.as_ref().map(Tensor::widened),
+            ranges: self.ranges.clone(),
             scale: self.scale.to_f64(),
             out_gradient: self.out_gradient.widened(),
         }

@@ -34,7 +34,7 @@ impl Sizes {
                     squares.sink += ((sink.get([b, h, i, part]) - logsumexp(part)).exp() * delta(part)).powi(2);
                 }
             }
-            for j in 0..problem.visible(i) {
+            for j in problem.visible(b, i) {
                 let other = problem.modality.row(b)[j];
                 if own == PADDING || other == PADDING {
                     continue;

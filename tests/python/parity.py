@@ -23,6 +23,7 @@ IMAGES = ("first", "middle", "last", "interleaved", "absent")
 PADDINGS = ("none", "left", "right", "row")
 LAYOUTS = ("contiguous", "transposed", "columns", "strided", "broadcast")
 SINKS = ("none", "plain", "extreme", "shared")
+RANGES = ("none", "window", "packed", "any", "shared")
 BIASES = ("none", "plain", "forbidding", "shared")
 CONTEXTS = ("all", "prompt", "scattered", "empty")
 FUSIONS = ("concat", "aligned", "original")
@@ -50,6 +51,7 @@ class Case:
     scale: float | None = None
     sink: str = "plain"
     bias: str = "plain"
+    ranges: str = "none"
     combine: str = "joint"
     # alignment
     kind: str = "covariance"
@@ -85,6 +87,27 @@ def modality_of(case: Case) -> Tensor:
     if case.padding == "row":
         ids[-1] = -1
     return ids.to(case.ids)
+
+
+def ranges_of(case: Case, random: torch.Generator) -> Tensor | None:
+    """(B|1, Nq, 2) bounds: a window that ends at the query, sequences packed behind each other, or anything at all."""
+    n, batch = case.length, 1 if case.ranges == "shared" else case.batch
+    if case.ranges == "none":
+        return None
+    own = torch.arange(case.queries).repeat(batch, 1) + n - case.queries
+    if case.ranges == "window":
+        width = torch.randint(1, n + 2, (batch, 1), generator=random)
+        bounds = torch.stack([own - width + 1, own + 1], dim=-1)
+    elif case.ranges == "packed":
+        ends = (
+            torch.cat([torch.randint(0, n, (batch, 3), generator=random), torch.full((batch, 1), n)], 1).sort().values
+        )
+        index = torch.searchsorted(ends, own.clamp(min=0), right=True).clamp(max=3)
+        starts = torch.nn.functional.pad(ends[:, :-1], (1, 0))
+        bounds = torch.stack([starts.gather(1, index), ends.gather(1, index)], dim=-1)
+    else:
+        bounds = torch.randint(-3, n + 4, (batch, case.queries, 2), generator=random)
+    return bounds.to(torch.int16 if case.ids == torch.int8 else case.ids)
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
@@ -132,6 +155,7 @@ def attention_problem(case: Case, dtype: torch.dtype) -> dict[str, Any]:
         if case.bias == "forbidding":
             forbidden = torch.rand(bias.shape, generator=random) < 0.4
             bias = bias.masked_fill(forbidden, -torch.inf)
+    ranges = ranges_of(case, random)
     return {
         "query": query,
         "key": key,
@@ -142,6 +166,7 @@ def attention_problem(case: Case, dtype: torch.dtype) -> dict[str, Any]:
         "scale": case.scale,
         "sink": sink,
         "modality_bias": bias,
+        "key_range": ranges,
         "combine": case.combine,
     }
 

@@ -50,9 +50,15 @@ def layer(
     sink = F.pseudo_sink(position, IDS, 32, decay, base)
     aligned, basis = F.duplex_align(key * 2, value, IDS, keep, mix)
     out, mass = F.modular_attention(
-        query, aligned, value, IDS, sink=sink, modality_bias=modality_bias, return_mass=True
+        query, aligned, value, IDS, sink=sink, modality_bias=modality_bias, key_range=position_range(), return_mass=True
     )
     return out.transpose(1, 2).relu(), basis, mass
+
+
+def position_range() -> Tensor:
+    """A window of four keys."""
+    last = torch.arange(1, 8)[None]
+    return torch.stack([last - 4, last], dim=-1)
 
 
 def split(query: Tensor, key: Tensor, value: Tensor, modality_bias: Tensor, **_: Tensor) -> tuple[Tensor]:

@@ -48,7 +48,7 @@ def test_lists_become_tuples():
 
 
 def test_align_ids():
-    assert ModaConfig(num_modalities=4, align=("audio", "text")).align_ids == (0, 2)
+    assert ModaConfig(num_modalities=4, align=("audio", "text")).align_ids == (0, 3)
     assert ModaConfig(fusion="original").align_ids == ()
     assert ModaConfig(align=()).align_ids == ()
 

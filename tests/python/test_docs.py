@@ -35,7 +35,7 @@ WITH_PYTHON = [name for name, code in SCRIPTS.items() if code.strip()]
 
 
 def test_pages_with_snippets_were_found():
-    assert {f"docs/{name}.md" for name in ("method", "patching", "balance", "errors")} <= set(WITH_PYTHON)
+    assert {f"docs/{name}.md" for name in ("method", "patching", "models", "balance", "errors")} <= set(WITH_PYTHON)
 
 
 def refuse_network(_: socket.socket, address: object) -> None:

@@ -93,6 +93,10 @@ SHAPES: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (attention, {"modality_bias": zeros(1, 1, M, M + 1)}, r"modality_bias has shape \(1, 1, 3, 4\)"),
     (attention, {"modality_bias": zeros(1, 1, M, 1)}, r"modality_bias has shape \(1, 1, 3, 1\)"),
     (attention, {"modality_bias": zeros(1, HKV, M, M)}, r"modality_bias has shape \(1, 2, 3, 3\)"),
+    (attention, {"key_range": ids(B, NQ)}, r"key_range has shape \(2, 5\); wanted \(B\|1, Nq, 2\) = \(2\|1, 5, 2\)"),
+    (attention, {"key_range": ids(B, NQ, 3)}, r"key_range has shape \(2, 5, 3\); wanted"),
+    (attention, {"key_range": ids(B, NQ + 1, 2)}, r"key_range has shape \(2, 6, 2\); wanted"),
+    (attention, {"key_range": ids(3, NQ, 2)}, r"key_range has shape \(3, 5, 2\); wanted"),
     (attention, {"query": zeros(B, HQ, NQ + 2, D)}, r"modality has shape \(2, 5\); wanted .* query_modality .* given"),
     (align, {"key": zeros(B, NQ, D)}, r"key has shape \(2, 5, 8\)"),
     (align, {"value": zeros(B, HKV, NQ, D - 1)}, r"value has shape \(2, 2, 5, 7\); wanted \(2, 2, 5, 8\)"),
@@ -151,6 +155,7 @@ VAST = 2**40
     [
         (attention, {"modality": ids(1, 1).expand(B, VAST)}),
         (attention, {"query_modality": ids(1, 1).expand(B, VAST)}),
+        (attention, {"key_range": ids(1, 1, 1).expand(B, VAST, 2)}),
         (align, {"modality": ids(1, 1).expand(VAST, NQ)}),
         (align, {"context": ids(1, 1).bool().expand(B, VAST)}),
         (align, {"mix": zeros(1, 1, 1).expand(VAST, D, D)}),
@@ -175,6 +180,8 @@ DTYPES: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (attention, {"query_modality": zeros(B, NQ).cfloat()}, "query_modality has dtype complex64"),
     (attention, {"sink": zeros(B, HQ, NQ).double()}, "sink has dtype float64; wanted float32"),
     (attention, {"modality_bias": zeros(1, 1, M, M).half()}, "modality_bias has dtype float16; wanted float32"),
+    (attention, {"key_range": zeros(B, NQ, 2)}, "key_range has dtype float32; wanted an integer dtype"),
+    (attention, {"key_range": zeros(B, NQ, 2).bool()}, "key_range has dtype bool; wanted an integer dtype"),
     (align, {"key": ids(B, HKV, NQ, D)}, "key has dtype int64"),
     (align, {"value": zeros(B, HKV, NQ, D).half()}, "value has dtype float16; wanted float32"),
     (align, {"keep": zeros(M, D, D).double()}, "keep has dtype float64; wanted float32"),
@@ -218,7 +225,7 @@ TENSORS = {
     align: ("key", "value", "modality", "keep", "mix"),
     sink: ("position", "query_modality", "decay", "base"),
 }
-OPTIONAL = {attention: ("query_modality", "sink", "modality_bias"), align: ("context", "basis"), sink: ()}
+OPTIONAL = {attention: ("query_modality", "sink", "modality_bias", "key_range"), align: ("context", "basis"), sink: ()}
 
 
 @pytest.mark.parametrize("operator", TENSORS, ids=lambda f: f.__name__)

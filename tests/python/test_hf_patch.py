@@ -157,7 +157,11 @@ def test_models_of_lower_precision_keep_float32_parameters(dtype: torch.dtype):
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
-        (nn.Linear(2, 2), ModaValueError, "Linear is not supported; supported are Llava"),
+        (
+            nn.Linear(2, 2),
+            ModaValueError,
+            "Linear is not supported; wanted a transformers.PreTrainedModel with an att",
+        ),
         ("a path", ModaTypeError, "model must be a torch.nn.Module, got str"),
     ],
 )
@@ -245,24 +249,6 @@ def test_dropout_is_refused():
     model.eval()(**x)
     with pytest.raises(ModaValueError, match=r"attention dropout 0\.1"):
         model.train()(**x, labels=x["input_ids"])
-
-
-def test_a_sliding_window_shorter_than_the_sequence_is_refused():
-    family = "llava-mistral"
-    x = tiny.inputs(family, ["TTITTT", "TIT"])
-    length = x["input_ids"].shape[1]
-    plain = tiny.build(family)
-    moda_attn.apply(plain)
-    expected = logits(plain, **x)
-    model = tiny.build(family)
-    model.model.language_model.config.sliding_window = length
-    moda_attn.apply(model)
-    assert torch.equal(logits(model, **x), expected)
-    with pytest.raises(ModaValueError, match=f"{length + 1} tokens exceed the sliding window of {length}"):
-        model.generate(**x, max_new_tokens=3, do_sample=False)
-    model.model.language_model.config.sliding_window = length - 1
-    with pytest.raises(ModaValueError, match="exceed the sliding window"):
-        model(**x)
 
 
 def test_tokens_whose_modality_is_unknown():

@@ -43,6 +43,11 @@ def test_attention(dtype: str, combine: str):
     assert same(mass, wanted_mass)
     alone = N.modular_attention(query, key, value, IDS, query_modality=IDS[:, ::-1])
     assert same(alone, F.modular_attention(*torch_arguments, query_modality=torch.from_numpy(IDS).flip(1)))
+    ranges = np.array([[[0, 2], [-1, 3], [1, 9], [4, 2], [0, 6], [3, 6]]], dtype=np.int16)
+    part = N.modular_attention(query, key, value, IDS, key_range=ranges, combine=combine)
+    wanted = F.modular_attention(*torch_arguments, key_range=torch.from_numpy(ranges), combine=combine)
+    assert same(part, wanted)
+    assert not np.array_equal(part, N.modular_attention(query, key, value, IDS, combine=combine))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -48,6 +48,11 @@ def attention_inputs(
     }
 
 
+def key_ranges(batch: int = MODALITY.shape[0]) -> Tensor:
+    """Ranges for all rows of `attention_inputs`."""
+    return torch.randint(-2, MODALITY.shape[1] + 2, (batch, MODALITY.shape[1], 2)).sort().values
+
+
 def align_inputs(dtype: torch.dtype = torch.float64, dim: int = 8, table: torch.dtype | None = None) -> dict[str, Any]:
     batch, keys = MODALITY.shape
     return {
@@ -199,7 +204,8 @@ def operator_samples() -> list[Any]:
         x = attention_inputs(torch.float32, combine, broadcast=mass)
         sink, bias = (wish(x["sink"]), wish(x["modality_bias"])) if tables else (None, None)
         main = (wish(x["query"]), wish(x["key"]), wish(x["value"]), MODALITY)
-        options = (None if mass else MODALITY, True, None if mass else 0.2, sink, bias, combine)
+        ranges = key_ranges(1 if mass else 2) if tables else None
+        options = (None if mass else MODALITY, True, None if mass else 0.2, sink, bias, ranges, combine)
         samples.append((ops.modular_attention.default, (*main, *options, mass)))
         results = ops.modular_attention.default(*main, *options, mass)
         out, logsumexp, parts, _ = (result.detach() for result in results)
@@ -244,9 +250,10 @@ def gradcheck(function: Any, *inputs: Tensor) -> None:
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_gradcheck_of_attention(combine: str, causal: bool, broadcast: bool):
     x = attention_inputs(combine=combine, heads=(2, 1), dim=3, broadcast=broadcast)
+    ranges = key_ranges() if broadcast else None
 
     def attention(query: Tensor, key: Tensor, value: Tensor, sink: Tensor, bias: Tensor) -> Tensor:
-        options = {"sink": sink, "modality_bias": bias, "combine": combine, "is_causal": causal}
+        options = {"sink": sink, "modality_bias": bias, "key_range": ranges, "combine": combine, "is_causal": causal}
         return F.modular_attention(query, key, value, MODALITY, **options)
 
     gradcheck(attention, x["query"], x["key"], x["value"], x["sink"], x["modality_bias"])

@@ -60,6 +60,7 @@ def attention_cases(draw: st.DrawFn) -> Case:
         scale=draw(st.sampled_from([None, 0.05, 0.3, -0.2])),
         sink=draw(st.sampled_from(parity.SINKS)),
         bias=draw(st.sampled_from(parity.BIASES)),
+        ranges=draw(st.sampled_from(parity.RANGES)),
         combine=draw(st.sampled_from(["joint", "split"])),
     )
 
@@ -134,6 +135,7 @@ def assorted(rows: str, count: int = 80) -> Iterator[Case]:
             context=draw.choice(parity.CONTEXTS),
             fusion=draw.choice(parity.FUSIONS),
             given_basis=draw.random() < 0.3,
+            ranges=draw.choice(parity.RANGES),
             seed=seed,
         )
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PADDING, TEXT, VISION
+from ..config import PADDING, TEXT, VIDEO, VISION
 from ..errors import ModaTypeError, ModaValueError
+from .memory import is_filled
+from .registry import MediaTokens
 
 #: Keyword arguments that a patched model's forward takes besides its own.
 OWN_ARGUMENTS = ("modality_ids", "mm_token_type_ids", "moda_context")
@@ -31,59 +33,98 @@ class ModaCall:
     It travels in the keyword arguments, so that checkpointed layers find it again in the backward pass.
 
     Attributes:
-        modality: (B, n), of the n new tokens: 0 text, 1 vision, -1 padding.
+        modality: (B, n), of the n new tokens: 0 text, 1 vision, 2 video where the configuration has it, -1 padding.
         context: (B, n) bool, the tokens that may feed a basis; None for all that are no padding.
         entered: the layers that ran.
+        weights: the caller wants the attention weights too (`output_attentions`).
     """
 
     modality: Tensor
     context: Tensor | None
-    entered: Entered = field(default_factory=Entered)
+    entered: Entered = field(default_factory=lambda: Entered())  # torch.compile cannot trace the bare class here
+    weights: bool = False
 
 
 def describe_call(
-    arguments: Mapping[str, Any], image_token: int, *, context: str, training: bool, prompt_length: int | None
+    arguments: Mapping[str, Any],
+    tokens: MediaTokens,
+    *,
+    context: str,
+    training: bool,
+    prompt_length: int | None,
 ) -> ModaCall:
     """Read the modality ids and the context off the arguments of a forward call.
 
     Args:
         arguments: of the model's forward, by name.
-        image_token: id of the placeholder of image features.
+        tokens: the placeholders of image and video features.
         context: "prompt" or "all".
         training: whether the call is a training step, which must not guess where the prompt ends.
         prompt_length: number of prompt columns while the model generates.
     """
     _refuse_packed_rows(arguments)
-    modality = _modality(arguments, image_token)
+    modality = _modality(arguments, tokens)
     if context == "all":
         return ModaCall(modality, None)
     return ModaCall(modality, _context(arguments, modality, training=training, prompt_length=prompt_length))
 
 
-def _modality(arguments: Mapping[str, Any], image_token: int) -> Tensor:
+def _modality(arguments: Mapping[str, Any], tokens: MediaTokens) -> Tensor:
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-    explicit = arguments.get("modality_ids")
-    if explicit is None:
-        explicit = arguments.get("mm_token_type_ids")
+    explicit = _explicit_modality(arguments, tokens)
     if explicit is not None:
-        if not isinstance(explicit, Tensor):
-            raise ModaTypeError(f"modality_ids must be a torch.Tensor, got {type(explicit).__name__}")
-        tokens = ids if ids is not None else embeds
-        if tokens is None:
+        new = ids if ids is not None else embeds
+        if new is None:
             raise ModaValueError("modality_ids without input_ids or inputs_embeds: there is nothing to describe")
-        wanted = tokens.shape[:2]
+        wanted = new.shape[:2]
         if explicit.shape != wanted:
             raise ModaValueError(f"modality_ids has shape {tuple(explicit.shape)}; wanted {tuple(wanted)}")
         modality = explicit
     elif ids is None:
         raise ModaValueError("inputs_embeds do not say which tokens are image: give modality_ids (B, N) to forward")
-    elif _has_images(arguments):
-        modality = torch.where(ids == image_token, VISION, TEXT)
+    elif tokens.image is None and not is_filled(arguments.get("past_key_values")):
+        raise ModaValueError(
+            "this model is of no family whose placeholders are known: give modality_ids (B, N), 0 text and 1 vision, "
+            "to forward or generate"
+        )
     else:
-        # Without features in this call the placeholder id is an ordinary token, for instance a generated one.
-        modality = torch.full_like(ids, TEXT)
+        modality = _from_placeholders(arguments, ids, tokens)
     real = _real_tokens(arguments, modality.shape[1])
     return modality if real is None else modality.masked_fill(~real.to(modality.device), PADDING)
+
+
+def _explicit_modality(arguments: Mapping[str, Any], tokens: MediaTokens) -> Tensor | None:
+    ids, kinds = arguments.get("modality_ids"), arguments.get("mm_token_type_ids")
+    for name, given in (("modality_ids", ids), ("mm_token_type_ids", kinds)):
+        if given is not None and not isinstance(given, Tensor):
+            raise ModaTypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+    if ids is not None or kinds is None:
+        return ids
+    new = arguments.get("input_ids")
+    if new is not None and new.shape != kinds.shape and is_filled(arguments.get("past_key_values")):
+        # `generate` of some releases hands the prompt's on with every token: what is new is text.
+        return torch.full_like(new, TEXT)
+    return from_processor(kinds, tokens)
+
+
+def from_processor(kinds: Tensor, tokens: MediaTokens) -> Tensor:
+    """The modality ids that a processor's ``mm_token_type_ids`` mean, where video is 2 whatever the configuration."""
+    return torch.where(kinds == VIDEO, tokens.video_modality, kinds)
+
+
+def _from_placeholders(arguments: Mapping[str, Any], ids: Tensor, tokens: MediaTokens) -> Tensor:
+    """Placeholders of features that this call brings; any other, such as a generated one, is an ordinary token."""
+    modality = torch.full_like(ids, TEXT)
+    videos = has_features(arguments, "video")
+    if tokens.image is not None and has_features(arguments, "image"):
+        modality = torch.where(ids == tokens.image, VISION, modality)
+    if videos and tokens.video is not None:
+        modality = torch.where(ids == tokens.video, tokens.video_modality, modality)
+    if videos and tokens.video_span is not None and tokens.image is not None:
+        start, end = tokens.video_span
+        inside = (ids == start).cumsum(-1) > (ids == end).cumsum(-1)
+        modality = torch.where((ids == tokens.image) & inside, tokens.video_modality, modality)
+    return modality
 
 
 def _refuse_packed_rows(arguments: Mapping[str, Any]) -> None:
@@ -99,7 +140,7 @@ def _refuse_packed_rows(arguments: Mapping[str, Any]) -> None:
 
 def refuse_late_images(arguments: Mapping[str, Any]) -> None:
     """Raise where images arrive, in a call on a cache that holds a prompt: the bases are those of the first call."""
-    if _has_images(arguments):
+    if has_features(arguments, "image") or has_features(arguments, "video"):
         length = past_length(arguments["past_key_values"])
         raise ModaValueError(
             f"images in a call on a cache of {int(length)} tokens: give the whole prompt in one call with an empty "
@@ -107,9 +148,18 @@ def refuse_late_images(arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _has_images(arguments: Mapping[str, Any]) -> bool:
-    encoded = arguments.get("mm_encoder_outputs") or {}
-    return arguments.get("pixel_values") is not None or encoded.get("image") is not None
+#: Arguments that bring the features of images and of videos.
+_FEATURES = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+
+
+def has_features(arguments: Mapping[str, Any], kind: str) -> bool:
+    """Whether a call brings an "image" or a "video", as pixels or already encoded as `generate` hands them over."""
+    encoded = arguments.get("mm_encoder_outputs")
+    if isinstance(encoded, Mapping):
+        encoded = encoded.get(kind)
+    elif kind != "image":
+        encoded = None
+    return encoded is not None or any(arguments.get(name) is not None for name in _FEATURES[kind])
 
 
 def _real_tokens(arguments: Mapping[str, Any], count: int) -> Tensor | None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from ..errors import ModaRuntimeError, ModaValueError
-from ..layer import attend
+from ..layer import attend, attention_weights
 from .seam import CacheSeam
+from .visible import Keys, key_range, window_of
 
 if TYPE_CHECKING:
     from .._typing import PatchedAttention
 
 NAME = "moda"
+
+#: Arguments of an attention function that change what it computes, and that our kernel has no counterpart of.
+UNSUPPORTED = {"softcap": "a soft cap on its scores", "s_aux": "attention sinks of its own"}
 
 
 def moda_attention(
@@ -30,35 +36,37 @@ def moda_attention(
     dropout: float = 0.0,
     moda_seam: CacheSeam | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Modular attention of one patched module; padding comes with the modality ids, causality is its own.
+) -> tuple[Tensor, Tensor | None]:
+    """Modular attention of one patched module; padding comes with the modality ids.
 
     Args:
-        query: (B, Hq, n, D); key, value: (B, Hkv, N or more, D), a static cache is longer than what it holds.
-        moda_seam: of this call; holds the parameters and the modality of all keys.
+        query: (B, Hq, n, D); key, value: (B, Hkv, K, D), those that the cache gave back.
+        attention_mask: from :func:`moda_mask`: None or 2-D for causal attention to all keys, else intervals of keys.
+        moda_seam: of this call; holds the parameters and the modality of the keys.
 
     Returns:
-        (B, n, Hq, D), and None for the attention weights, which are never formed.
+        (B, n, Hq, D), and the attention weights (B, Hq, n, N) where the call asks for `output_attentions`, else None.
     """
     if moda_seam is None or moda_seam.state is None or moda_seam.queries is None:
         raise ModaRuntimeError(
             f'{type(module).__name__} uses attention "moda" but is not patched; call moda_attn.apply'
         )
-    if attention_mask is not None and attention_mask.dim() == 4:
-        raise ModaValueError(f"a 4-D attention mask {tuple(attention_mask.shape)} cannot be expressed; give (B, N)")
     if dropout:
         raise ModaValueError(
             f"attention dropout {dropout} is not supported; set attention_dropout = 0 in the text config"
         )
-    if kwargs.get("softcap") is not None:
-        raise ModaValueError("softcap is not supported")
+    for name, what in UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise ModaValueError(f"{type(module).__name__} asks for {what}, which is not supported")
     moda_seam.attended = True
     state, queries = moda_seam.state, moda_seam.queries
-    if query.shape[2] > 1:
-        # A static cache gives back more than it holds. One query sees none of that, as its modality is padding; more
-        # queries would stand at the end of it.
-        held = moda_seam.held
-        key, value, state = key[:, :, :held], value[:, :, :held], state.shortened(held)
+    if attention_mask is not None and attention_mask.dim() == 4:
+        if attention_mask.dtype != torch.int32:
+            raise ModaValueError(
+                f"a 4-D attention mask {tuple(attention_mask.shape)} of {attention_mask.dtype} cannot be expressed; "
+                "give (B, N)"
+            )
+        queries = replace(queries, key_range=attention_mask[:, 0])
     patched = cast("PatchedAttention", module)
     recorder = patched.moda_runtime.recorder
     result, mass = attend(
@@ -73,34 +81,57 @@ def moda_attention(
     )
     if recorder is not None and mass is not None:
         recorder.add(patched.layer_idx, mass, queries.modality)
-    return result.transpose(1, 2).contiguous(), None
+    weights = None
+    if moda_seam.call.weights:
+        weights = attention_weights(moda_seam.layer, query, key, state, scale=scaling, queries=queries)
+    return result.transpose(1, 2).contiguous(), weights
 
 
 def moda_mask(
     *,
-    q_length: int,
-    q_offset: int = 0,
+    batch_size: int,
+    kv_length: int,
+    kv_offset: int = 0,
+    q_length: int = 0,
+    q_offset: int | Tensor = 0,
+    cache_position: Tensor | None = None,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    use_vmap: bool = True,
+    device: torch.device | str | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """The 2-D padding mask as it is; raises for every pattern other than causal.
+    """The mask of one kind of layer: called once a forward, not once a layer.
+
+    Args:
+        batch_size: B; kv_length, kv_offset: K, the keys that attention will be given, and the position of the first.
+        q_length, q_offset: n and the position of the first query; before transformers 5 `cache_position` (n,) instead.
+        mask_function: the pattern, without padding.
+        attention_mask: (B, N) bool, padding.
+        allow_is_causal_skip: false where the mask's shape must not depend on how full the cache is (compiled decode).
+        use_vmap: whether `mask_function` takes single indices only.
+
+    Returns:
+        For plain causal attention to all keys the 2-D padding mask as it is; for every other pattern, and for a static
+        cache, the interval [first, last) of visible keys of every query, (B, 1, n, 2) int32: four dimensions, so that
+        transformers passes it on untouched where `generate` makes masks beforehand.
 
     Raises:
-        ModaValueError: a sliding window shorter than the sequence, packed rows, or blocks that see both ways.
+        ModaValueError: a pattern that is no interval of keys.
     """
-    if local_size is not None:
-        total = int(q_offset) + q_length
-        if total > local_size:
-            raise ModaValueError(f"{total} tokens exceed the sliding window of {local_size}, which cannot be expressed")
-        causal = allow_is_causal_skip or q_length == 1
-    else:
-        causal = mask_function is causal_mask_function
-    if not causal:
-        raise ModaValueError("only causal attention with padding can be expressed, not packed rows or other patterns")
-    return attention_mask
+    if cache_position is not None:
+        q_length, q_offset, device = len(cache_position), cache_position[0], cache_position.device
+    queries = torch.arange(q_length, device=device) + q_offset
+    # A tensor as offset is that of a static cache, whose keys are more than it holds.
+    whole = not isinstance(q_offset, Tensor) or not torch.compiler.is_compiling()
+    whole = whole and kv_length + kv_offset == int(q_offset) + len(queries)
+    window = window_of(mask_function)
+    if allow_is_causal_skip and whole and window is not None and window >= kv_length:
+        return attention_mask
+    keys = Keys(kv_length, kv_offset)
+    ranges = key_range(mask_function, queries, keys, attention_mask, batch=batch_size, use_vmap=use_vmap)
+    return ranges.expand(batch_size, -1, -1)[:, None]
 
 
 def register() -> None:

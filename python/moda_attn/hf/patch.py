@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._checks import compute_dtype
 from ..config import ModaConfig
@@ -16,8 +17,9 @@ from ..layer import ModaLayer
 from .attention import patch_attention, refuse_foreign_forward, unpatch_attention
 from .interface import NAME, register
 from .placement import home_of
-from .registry import Family, family_of
+from .registry import family_of
 from .runtime import Runtime
+from .structure import Structure, find_structure
 from .wrappers import refuse_removal
 
 if TYPE_CHECKING:
@@ -48,8 +50,10 @@ class ApplyReport:
 
     def __str__(self) -> str:
         state = "was already patched" if self.already else "patched"
+        reasons = "; ".join(f"{index}: {reason}" for index, reason in self.skipped.items())
+        skipped = f"{len(self.skipped)} skipped" + (f" ({reasons})" if reasons else "")
         return (
-            f"{self.model} {state}: {len(self.layers)} layers, {len(self.skipped)} skipped, "
+            f"{self.model} {state}: {len(self.layers)} layers, {skipped}, "
             f"{self.parameters:,} parameters added, attention {self.attention!r}"
         )
 
@@ -58,13 +62,16 @@ def apply(model: nn.Module, config: ModaConfig | None = None, *, attention: str 
     """Patch a Hugging Face model in place.
 
     Load the pretrained weights first. The patched model takes three more keyword arguments in forward:
-    ``modality_ids`` (B, N), needed with ``inputs_embeds``; ``mm_token_type_ids``, the same; and ``moda_context``
+    ``modality_ids`` (B, N), needed with ``inputs_embeds``; ``mm_token_type_ids``, the same, where 2 is always video
+    (and counts as vision with two modalities); both also in generate; and ``moda_context``
     (B, N) bool, the tokens that may feed a basis. With ``context="prompt"`` a training step must give ``labels`` or
     ``moda_context``; any other call takes all its tokens for the prompt. A call on a cache that holds a prompt uses
     that prompt's bases: a later text turn is aligned with them, later images are refused.
 
     Args:
-        model: of a supported family.
+        model: any transformers model with one text decoder whose attention has the seam: it rotates its keys, then
+            hands them to ``past_key_values.update``. Of the families in :data:`moda_attn.hf.FAMILIES` the modality
+            ids are known; any other needs ``modality_ids`` in every prompt.
         config: default ``ModaConfig()``.
         attention: "moda" computes attention with this package's kernel; "keep" keeps the model's own implementation,
             possible where the configuration only aligns keys. Default: "keep" where possible, else "moda".
@@ -83,18 +90,28 @@ def apply(model: nn.Module, config: ModaConfig | None = None, *, attention: str 
     if runtime is not None:
         if runtime.config != config:
             raise ModaValueError(f"the model is already patched with {runtime.config}; call moda_attn.remove first")
-        current = _get_attention(model, runtime.family)
+        current = _get_attention(model, runtime.structure)
         if attention is not None and _uses_kernel(config, attention) != (current == NAME):
             raise ModaValueError(f"already patched with attention {current!r}; call moda_attn.remove first")
         return _report(model, runtime, already=True)
-    family = family_of(model)
+    structure = find_structure(model)
     use_kernel = _uses_kernel(config, attention)
     if config.num_modalities < 2:
-        raise ModaValueError(f"num_modalities = {config.num_modalities}; {family.model} has text and vision, 2")
-    attentions = family.attentions(model)
-    chosen = config.layer_indices(len(attentions))
-    layers = {index: _new_layer(config, attentions[index]) for index in chosen}
-    return _report(model, _install(model, family, config, layers, use_kernel=use_kernel))
+        raise ModaValueError(f"num_modalities = {config.num_modalities}; {type(model).__name__} has text and vision, 2")
+    attentions = structure.attentions(model)
+    layers = {index: _new_layer(config, attentions[index]) for index in _chosen(config, structure)}
+    return _report(model, _install(model, structure, config, layers, use_kernel=use_kernel))
+
+
+def _chosen(config: ModaConfig, structure: Structure) -> tuple[int, ...]:
+    """The layers to patch; raises where the configuration asks for one that cannot be."""
+    chosen = config.layer_indices(len(structure.layers) + len(structure.skipped))
+    if config.layers == "all":
+        return structure.layers
+    for index in chosen:
+        if index in structure.skipped:
+            raise ModaValueError(f"config.layers has {index}, which cannot be patched: {structure.skipped[index]}")
+    return chosen
 
 
 def remove(model: nn.Module) -> None:
@@ -108,10 +125,12 @@ def remove(model: nn.Module) -> None:
         raise ModaValueError(f"{type(model).__name__} is not patched; nothing to remove")
     if runtime.config is not None:
         refuse_removal(model, moda_layers(model).values())
-    for module in runtime.family.attentions(model):
+    for module in runtime.structure.attentions(model).values():
         unpatch_attention(module)
+    for module in runtime.structure.others(model):
+        module.config = runtime.structure.decoder_of(model).config
     runtime.disconnect(model)
-    _set_attention(model, runtime.family, runtime.attention)
+    _set_attention(model, runtime.structure, runtime.attention)
     delattr(model, _RUNTIME)
 
 
@@ -123,8 +142,10 @@ def runtime_of(model: nn.Module) -> Runtime | None:
 def moda_layers(model: nn.Module) -> dict[int, ModaLayer]:
     """The MODA parameters of a patched model by layer index; nothing for any other model."""
     runtime = runtime_of(model)
-    attentions = [] if runtime is None else cast("list[PatchedAttention]", runtime.family.attentions(model))
-    return {index: attention.moda for index, attention in enumerate(attentions) if attention.moda is not None}
+    if runtime is None:
+        return {}
+    attentions = cast("dict[int, PatchedAttention]", runtime.structure.attentions(model))
+    return {index: attention.moda for index, attention in attentions.items() if attention.moda is not None}
 
 
 @contextmanager
@@ -134,19 +155,18 @@ def watching(model: nn.Module) -> Iterator[Runtime]:
         model = cast("VisionLanguageModel", model).get_base_model()
     runtime = runtime_of(model)
     if runtime is None:
-        family = family_of(model)
-        runtime = _install(model, family, None, {}, use_kernel=True)
+        runtime = _install(model, find_structure(model), None, {}, use_kernel=True)
         try:
             yield runtime
         finally:
             remove(model)
         return
-    current = _get_attention(model, runtime.family)
-    _set_attention(model, runtime.family, NAME)
+    current = _get_attention(model, runtime.structure)
+    _set_attention(model, runtime.structure, NAME)
     try:
         yield runtime
     finally:
-        _set_attention(model, runtime.family, current)
+        _set_attention(model, runtime.structure, current)
 
 
 def _uses_kernel(config: ModaConfig, attention: str | None) -> bool:
@@ -161,17 +181,27 @@ def _uses_kernel(config: ModaConfig, attention: str | None) -> bool:
 
 
 def _install(
-    model: nn.Module, family: Family, config: ModaConfig | None, layers: dict[int, ModaLayer], *, use_kernel: bool
+    model: nn.Module,
+    structure: Structure,
+    config: ModaConfig | None,
+    layers: dict[int, ModaLayer],
+    *,
+    use_kernel: bool,
 ) -> Runtime:
     register()
-    attentions = family.attentions(model)
-    for module in attentions:
+    attentions = structure.attentions(model)
+    for module in attentions.values():
         refuse_foreign_forward(module)
-    image_token = getattr(model.config, family.image_token)
-    runtime = Runtime(family, config, image_token, len(attentions), _get_attention(model, family))
+    outer: Any = model.config
+    family = family_of(outer)
+    tokens = family.media_tokens(outer, 2 if config is None else config.num_modalities)
+    runtime = Runtime(structure, family, config, tokens, _get_attention(model, structure))
+    for module in structure.others(model):
+        # They share the decoder's configuration, which may come to name an attention function that is not for them.
+        module.config = copy.copy(module.config)
     if use_kernel:
-        _set_attention(model, family, NAME)
-    for index, module in enumerate(attentions):
+        _set_attention(model, structure, NAME)
+    for index, module in attentions.items():
         patch_attention(module, layers.get(index), runtime)
     runtime.connect(model)
     setattr(model, _RUNTIME, runtime)
@@ -180,36 +210,49 @@ def _install(
 
 def _new_layer(config: ModaConfig, attention: TextAttention) -> ModaLayer:
     """Fresh parameters for one attention module, on its device; float32, or float64 for a float64 model."""
+    # Any module with weights tells where and in which precision the attention computes; not all have a k_proj.
+    projection = cast(
+        nn.Linear, next(part for part in attention.modules() if isinstance(getattr(part, "weight", None), Tensor))
+    )
     text = attention.config
+    heads = text.num_attention_heads
     return ModaLayer(
         config,
-        text.num_attention_heads,
-        text.num_key_value_heads,
-        attention.head_dim,
-        dtype=compute_dtype(attention.k_proj.weight.dtype),
-        device=home_of(attention.k_proj),
+        heads,
+        getattr(text, "num_key_value_heads", None) or heads,
+        getattr(attention, "head_dim", None) or text.hidden_size // heads,
+        dtype=compute_dtype(projection.weight.dtype),
+        device=home_of(projection),
     )
 
 
-def _get_attention(model: nn.Module, family: Family) -> str:
-    config: Any = model.get_submodule(family.decoder).config
+def _get_attention(model: nn.Module, structure: Structure) -> str:
+    config: Any = structure.decoder_of(model).config
     return config._attn_implementation
 
 
-def _set_attention(model: nn.Module, family: Family, name: str) -> None:
-    if _get_attention(model, family) != name:
-        cast("VisionLanguageModel", model).set_attn_implementation({family.text_config: name})
-    if _get_attention(model, family) != name:
-        raise ModaRuntimeError(f"{family.model} did not accept the attention implementation {name!r}")
+def _set_attention(model: nn.Module, structure: Structure, name: str) -> None:
+    part = structure.text_config
+    if _get_attention(model, structure) != name:
+        cast("VisionLanguageModel", model).set_attn_implementation(name if part is None else {part: name})
+    if _get_attention(model, structure) != name:
+        raise ModaRuntimeError(f"{type(model).__name__} did not accept the attention implementation {name!r}")
 
 
 def _report(model: nn.Module, runtime: Runtime, *, already: bool = False) -> ApplyReport:
-    with_moda = moda_layers(model)
+    with_moda, structure = moda_layers(model), runtime.structure
     return ApplyReport(
         model=type(model).__name__,
         layers=tuple(with_moda),
-        skipped={index: "not in config.layers" for index in range(runtime.layers) if index not in with_moda},
+        skipped=dict(
+            sorted(
+                {
+                    **{index: "not in config.layers" for index in structure.layers if index not in with_moda},
+                    **structure.skipped,
+                }.items()
+            )
+        ),
         parameters=sum(p.numel() for layer in with_moda.values() for p in layer.parameters()),
-        attention=_get_attention(model, runtime.family),
+        attention=_get_attention(model, structure),
         already=already,
     )

@@ -1,80 +1,97 @@
-"""The supported model families, one row each."""
+"""What has to be known of each model family, one row each; what can be found in the model itself is in `structure`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
-from torch import nn
+from ..config import VIDEO, VISION
 
-from ..errors import ModaTypeError, ModaValueError
 
-if TYPE_CHECKING:
-    from .._typing import TextAttention
+@dataclass(frozen=True)
+class MediaTokens:
+    """Ids of the placeholders that a model puts features into, and the modality that they stand for.
+
+    Attributes:
+        image: id of an image's placeholder; None where only explicit modality ids can tell.
+        video: id of a video's placeholder; None where the model knows no videos.
+        video_span: ids around a video whose frames use the placeholder of images, as GLM does; else None.
+        video_modality: modality of video tokens.
+    """
+
+    image: int | None = None
+    video: int | None = None
+    video_span: tuple[int, int] | None = None
+    video_modality: int = VISION
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family of models keeps what the patch needs.
+    """One family of models.
 
     Attributes:
         model: name of the model class.
-        core: path from the model to the module that merges image and text embeddings.
-        decoder: path from the model to the text decoder, which has `layers`, each with a `self_attn`.
-        text_config: name of the text decoder's part of the configuration.
-        image_token: name of the image token's id in the configuration.
-        attention: names of the attention classes that the seam was verified on.
+        image, video: names of the placeholders' ids in the configuration; None where the family has none.
+        video_span: names of the ids around a video whose frames use the placeholder of images.
+        first_position: the position of a row's first real token; None where the model counts positions by itself, in
+            more than one dimension.
     """
 
     model: str
-    core: str = "model"
-    decoder: str = "model.language_model"
-    text_config: str = "text_config"
-    image_token: str = "image_token_id"
-    attention: tuple[str, ...] = ("LlamaAttention", "MistralAttention")
+    image: str | None = "image_token_id"
+    video: str | None = None
+    video_span: tuple[str, str] | None = None
+    first_position: int | None = 0
 
-    def attentions(self, model: nn.Module) -> list[TextAttention]:
-        """The text decoder's attention modules in layer order.
-
-        Raises:
-            ModaValueError: the decoder has no layers, or its attention is of a class that is not supported.
-        """
-        decoder = model.get_submodule(self.decoder)
-        attentions = [cast("TextAttention", layer.self_attn) for layer in getattr(decoder, "layers", ())]
-        if not attentions:
-            raise ModaValueError(f"{self.model}: {self.decoder} has no layer with self_attn; nothing to patch")
-        for attention in attentions:
-            names = {cls.__name__ for cls in type(attention).__mro__}
-            if not names & set(self.attention):
-                wanted = " or ".join(self.attention)
-                raise ModaValueError(f"{self.model} with text attention {type(attention).__name__}; wanted {wanted}")
-        return attentions
+    def media_tokens(self, config: Any, num_modalities: int) -> MediaTokens:
+        """The placeholders of a model with this configuration; with two modalities videos count as vision."""
+        span = self.video_span
+        return MediaTokens(
+            None if self.image is None else getattr(config, self.image),
+            None if self.video is None else getattr(config, self.video),
+            None if span is None else (getattr(config, span[0]), getattr(config, span[1])),
+            VIDEO if num_modalities > VIDEO else VISION,
+        )
 
 
+#: A model of no known family: its modality ids are always explicit, and its positions its own.
+UNKNOWN = Family("", image=None, first_position=None)
+
+_VIDEO = "video_token_id"
+#: The rows, by `model_type` of the configuration.
 FAMILIES = {
-    family.model: family
-    for family in (
-        Family("LlavaForConditionalGeneration"),
-        Family("LlavaNextForConditionalGeneration"),
-    )
+    "aya_vision": Family("AyaVisionForConditionalGeneration"),
+    "gemma3": Family("Gemma3ForConditionalGeneration"),
+    "glm4v": Family(
+        "Glm4vForConditionalGeneration",
+        video_span=("video_start_token_id", "video_end_token_id"),
+        first_position=None,
+    ),
+    "got_ocr2": Family("GotOcr2ForConditionalGeneration"),
+    "idefics2": Family("Idefics2ForConditionalGeneration"),
+    "idefics3": Family("Idefics3ForConditionalGeneration"),
+    "internvl": Family("InternVLForConditionalGeneration"),
+    "llava": Family("LlavaForConditionalGeneration"),
+    "llava_next": Family("LlavaNextForConditionalGeneration"),
+    "llava_next_video": Family("LlavaNextVideoForConditionalGeneration", video=_VIDEO),
+    "llava_onevision": Family("LlavaOnevisionForConditionalGeneration", video=_VIDEO),
+    "mistral3": Family("Mistral3ForConditionalGeneration"),
+    "mllama": Family("MllamaForConditionalGeneration"),
+    "ovis2": Family("Ovis2ForConditionalGeneration"),
+    "paligemma": Family("PaliGemmaForConditionalGeneration", first_position=1),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", video=_VIDEO, first_position=None),
+    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", video=_VIDEO, first_position=None),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", video=_VIDEO, first_position=None),
+    "smolvlm": Family("SmolVLMForConditionalGeneration"),
+    "video_llava": Family("VideoLlavaForConditionalGeneration", video=_VIDEO),
+    "vipllava": Family("VipLlavaForConditionalGeneration"),
 }
 
 
-def family_of(model: object) -> Family:
-    """The row of `model`.
-
-    Raises:
-        ModaTypeError: not a module.
-        ModaValueError: a model of no supported family.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModaTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if hasattr(model, "peft_config"):
-        raise ModaValueError(
-            "the model is wrapped by PEFT, which would not save MODA weights: apply first, then wrap it with "
-            'modules_to_save=["moda"]'
-        )
-    for cls in type(model).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
-    raise ModaValueError(f"{type(model).__name__} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+def family_of(config: Any) -> Family:
+    """The row of a model with this configuration, by the `model_type` of its class or a base; else :data:`UNKNOWN`."""
+    for cls in type(config).__mro__:
+        family = FAMILIES.get(getattr(cls, "model_type", ""))
+        if family is not None:
+            return family
+    return UNKNOWN

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaValueError
-from .ids import OWN_ARGUMENTS, describe_call, new_columns, refuse_late_images
+from .ids import OWN_ARGUMENTS, describe_call, from_processor, new_columns, refuse_late_images
 from .memory import is_filled
 from .prompt import Prompt
-from .registry import Family
+from .registry import Family, MediaTokens
+from .structure import Structure
 from .wrappers import refuse_lost_parameters
 
 if TYPE_CHECKING:
@@ -32,19 +33,19 @@ class Runtime:
     """One per patched model; every patched attention holds a reference to it.
 
     Attributes:
+        structure: where the model keeps its text attention.
         family: the model's row in the registry.
         config: None where the model is only watched, not changed.
-        image_token: id of the image placeholder.
-        layers: number of layers of the text decoder.
+        tokens: the placeholders of image and video features.
         attention: name of the attention implementation before the patch.
         recorder: receives the attention mass of every layer while set.
         prompt: of the running `generate`.
     """
 
+    structure: Structure
     family: Family
     config: ModaConfig | None
-    image_token: int
-    layers: int
+    tokens: MediaTokens
     attention: str
     recorder: MassRecorder | None = None
     prompt: Prompt | None = None
@@ -52,13 +53,14 @@ class Runtime:
 
     def connect(self, model: nn.Module) -> None:
         """Hook the model and its core, and stand before `generate`. Bound methods: a deep copy gets its own."""
-        core = model.get_submodule(self.family.core)
-        for module in dict.fromkeys((model, core)):
+        owners = [model.get_submodule(path) for path in self.structure.owners]
+        for module in owners:
             hook = functools.partial(self.before_forward, _positional(module))
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        self.handles.append(core.register_forward_hook(self.after_forward, with_kwargs=True))
-        vars(model)["generate"] = functools.partial(self.generate, model)
-        if self.config is not None:
+        self.handles.append(owners[-1].register_forward_hook(self.after_forward, with_kwargs=True))
+        if hasattr(model, "generate"):
+            vars(model)["generate"] = functools.partial(self.generate, model)
+        if self.config is not None and hasattr(model, "save_pretrained"):
             from .io import save_beside
 
             vars(model)["save_pretrained"] = functools.partial(save_beside, model)
@@ -87,7 +89,8 @@ class Runtime:
         if training and vars(module).get("moda_runtime") is self and not torch.compiler.is_compiling():
             self._refuse_lost_parameters(module)
         own = {name: kwargs[name] for name in OWN_ARGUMENTS if name in kwargs}
-        kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
+        # Some families take mm_token_type_ids themselves.
+        kwargs = {name: value for name, value in kwargs.items() if name not in own or name in names}
         arguments = {**dict(zip(names, args, strict=False)), **kwargs, **own}
         filled = is_filled(arguments.get("past_key_values"))
         if self.config is not None and self.config.needs_basis and filled:
@@ -97,15 +100,19 @@ class Runtime:
             arguments |= prompt.describe(arguments)
         call = describe_call(
             arguments,
-            self.image_token,
+            self.tokens,
             context="all" if self.config is None else self.config.context,
             training=training,
             prompt_length=None if prompt is None else prompt.length,
         )
+        wanted = arguments.get("output_attentions")
+        call.weights = bool(getattr(module.config, "output_attentions", False) if wanted is None else wanted)
         kwargs["moda_call"] = call
-        positions = _positions(arguments, call.modality.shape[1])
-        if positions is not None and self.config is not None:
-            kwargs["position_ids"] = positions
+        first = self.family.first_position
+        if first is not None and self.config is not None:
+            positions = _positions(arguments, call.modality.shape[1])
+            if positions is not None:
+                kwargs["position_ids"] = positions + first
         return args, kwargs
 
     def _refuse_lost_parameters(self, model: nn.Module) -> None:
@@ -115,7 +122,7 @@ class Runtime:
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Raise when a layer was passed by: a wrapper that hides the patched class would be a silent no-op."""
-        missed = sorted(set(range(self.layers)) - kwargs["moda_call"].entered.layers)
+        missed = sorted(set(self.structure.layers) - kwargs["moda_call"].entered.layers)
         if missed:
             raise ModaRuntimeError(f"patched layers {missed} were not entered; another patch hides them")
 
@@ -126,6 +133,9 @@ class Runtime:
         chunked = kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
         if chunked and self.config is not None and self.config.needs_basis:
             raise ModaValueError("prefill_chunk_size is not supported: the bases need the whole prompt in one call")
+        kinds = None if "mm_token_type_ids" in _positional(model) else kwargs.pop("mm_token_type_ids", None)
+        if kinds is not None:
+            kwargs.setdefault("modality_ids", from_processor(kinds, self.tokens))
         outer, self.prompt = self.prompt, Prompt.take(args, kwargs)
         if is_filled(kwargs.get("past_key_values")) and (self.prompt.modality_ids, self.prompt.context) != (None, None):
             raise ModaValueError("modality_ids and moda_context describe a prompt; past_key_values holds one already")

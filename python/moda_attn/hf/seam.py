@@ -39,19 +39,10 @@ class CacheSeam:
         self.state: LayerState | None = None
         self.queries: Queries | None = None
         self.attended = False
-        self.layer_idx = 0
-
-    @property
-    def held(self) -> int:
-        """Number of keys that the layer has seen; a static cache gives back more, a sliding one fewer."""
-        if self.cache is None:
-            return self.call.modality.shape[1]
-        return int(self.cache.get_seq_length(self.layer_idx))
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Align `key` (B, Hkv, n, D), store it with `value`, and return the keys and values to attend to."""
         modality = self.call.modality.to(key.device)
-        self.layer_idx = layer_idx
         before = None if self.cache is None else recall(self.cache, layer_idx)
         if self.layer is not None:
             context = self.call.context

@@ -3,7 +3,7 @@
 use super::finish::Finish;
 use super::mask::{Block, Content, Part, Tables};
 use super::plan::{KEYS, ROWS, RowBlock, Sizes, row_blocks};
-use super::rows::{RowInfo, Tile, infos, tiles};
+use super::rows::{RowInfo, Tile, infos, key_blocks, tiles};
 use crate::cpu::buffer::Buffer;
 use crate::cpu::kernel::gemm::{Left, Right, Size, Target, gemm};
 use crate::cpu::kernel::pack;
@@ -147,15 +147,13 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         self.pack_queries(block, [b, h]);
         for (index, &part) in Part::all(self.sizes.parts).iter().enumerate() {
             self.start([b, index]);
-            let most = self.infos.iter().map(|info| info.visible).max().unwrap_or(0);
-            for key_block in 0..most.div_ceil(KEYS) {
-                let admitted = |content: Content| match content {
-                    Content::Mixed { .. } => true,
-                    Content::Uniform(key) => self.infos.iter().any(|info| part.admits(info.row.modality, key)),
-                };
-                if admitted(self.contents[key_block]) {
-                    self.key_block(b, key_block, part);
-                }
+            let admitted = |block: &usize| match self.contents[*block] {
+                Content::Mixed { .. } => true,
+                Content::Uniform(key) => self.infos.iter().any(|info| part.admits(info.row.modality, key)),
+            };
+            let blocks: Vec<usize> = key_blocks(&self.infos, &self.sizes).filter(admitted).collect();
+            for key_block in blocks {
+                self.key_block(b, key_block, part);
             }
             self.finish([b, index], outputs);
         }
@@ -200,31 +198,33 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         let content = self.contents[index];
         let keys = Block { batch: b, ids, content, part };
         self.tables.clear();
-        let panels = Right::panels(s, &raw const self.key_panels[range.start * depth], depth);
-        let values = Right::rows(s, &raw const self.values[range.start * stride], stride);
-        for Tile { rows: tile, reach } in tiles(&self.infos, &range, S::TALL) {
+        for Tile { rows: tile, keys: near } in tiles(s, &self.infos, &range) {
+            let (from, reach) = (near.start, near.len());
+            let panels = Right::panels(s, &raw const self.key_panels[(range.start + from) * depth], depth);
+            let values = Right::rows(s, &raw const self.values[(range.start + from) * stride], stride);
             let size = Size { rows: tile.len(), vectors: reach.div_ceil(S::LANES), depth };
             // SAFETY: the rows of the tile, and panels up to the keys it reaches; scores hold a whole block of keys.
             unsafe {
                 let query = self.query.as_ptr().add(tile.start * stride);
-                let pointer = self.scores.as_mut_ptr().add(tile.start * score_stride);
+                let pointer = self.scores.as_mut_ptr().add(tile.start * score_stride + from);
                 let left = Left { pointer: query, row_stride: stride, depth_stride: 1 };
                 gemm(s, size, left, panels, Target { pointer, row_stride: score_stride, accumulate: false });
             }
             for row in tile.clone() {
                 let info = self.infos[row];
-                let visible = info.sees(&range);
+                let seen = info.sees(&range);
                 // SAFETY: the row's scores, of which `reach` keys were computed and are zeroed where not visible.
                 unsafe {
-                    let scores = self.scores.as_mut_ptr().add(row * score_stride);
+                    let scores = self.scores.as_mut_ptr().add(row * score_stride + from);
                     let sums = self.sums.as_mut_ptr().add(row * stride);
-                    if visible == 0 {
+                    if seen.is_empty() {
                         clear(s, scores, 0, reach);
                         continue;
                     }
-                    let added = self.tables.added(self.problem, keys, info.row);
+                    let added = self.tables.added(self.problem, keys, info.row).add(from);
+                    let (first, visible) = (seen.start - from, seen.end - from);
                     let running = &mut self.running[row];
-                    let block = softmax(s, Span { scores, added, visible, reach }, running, (sums, vectors));
+                    let block = softmax(s, Span { scores, added, first, visible, reach }, running, (sums, vectors));
                     if self.wants_mass {
                         let uniform = match (part, content) {
                             (Part::SelfKeys, _) => Some(true),
@@ -235,7 +235,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
                         let (own, cross) = match uniform {
                             Some(true) => (block, S::Real::ZERO),
                             Some(false) => (S::Real::ZERO, block),
-                            None => split_sum(s, scores, self.tables.own(keys, info.row.modality), visible),
+                            None => split_sum(s, scores, self.tables.own(keys, info.row.modality).add(from), visible),
                         };
                         running.own += own;
                         running.cross += cross;
@@ -245,7 +245,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             let size = Size { rows: tile.len(), vectors, depth: reach };
             // SAFETY: the tile's probabilities for `reach` keys, those keys' values, and the tile's sums.
             unsafe {
-                let pointer = self.scores.as_ptr().add(tile.start * score_stride);
+                let pointer = self.scores.as_ptr().add(tile.start * score_stride + from);
                 let left = Left { pointer, row_stride: score_stride, depth_stride: 1 };
                 let pointer = self.sums.as_mut_ptr().add(tile.start * stride);
                 gemm(s, size, left, values, Target { pointer, row_stride: stride, accumulate: true });

@@ -11,9 +11,10 @@ pub(crate) struct Span<R> {
     pub(crate) scores: *mut R,
     /// What the modular mask adds to them: bias, or minus infinity.
     pub(crate) added: *const R,
-    /// Keys `0 .. visible` of the block may be seen; at least one.
+    /// Keys `first .. visible` of the span may be seen; at least one.
+    pub(crate) first: usize,
     pub(crate) visible: usize,
-    /// Keys `0 .. reach` are used by the product with the values: those past `visible` get probability 0.
+    /// Keys `0 .. reach` are used by the product with the values: those that may not be seen get probability 0.
     pub(crate) reach: usize,
 }
 
@@ -52,16 +53,20 @@ pub(crate) unsafe fn softmax<S: Simd>(
     running: &mut Running<S::Real>,
     (sums, vectors): (*mut S::Real, usize),
 ) -> S::Real {
-    let Span { scores, added, visible, reach } = span;
+    let Span { scores, added, first, visible, reach } = span;
     let hidden = s.splat(S::Real::NEG_INFINITY);
+    let registers = first / S::LANES..visible.div_ceil(S::LANES);
     // SAFETY: whole registers up to `reach`, by the contract.
     unsafe {
         let mut top = hidden;
-        for v in 0..visible.div_ceil(S::LANES) {
+        for v in registers.clone() {
             let at = v * S::LANES;
             let mut x = s.add(s.load(scores.add(at)), s.load(added.add(at)));
             if visible - at < S::LANES {
                 x = s.first(visible - at, x, hidden);
+            }
+            if at < first {
+                x = s.first(first - at, hidden, x);
             }
             s.store(scores.add(at), x);
             top = s.max(top, x);
@@ -93,7 +98,8 @@ pub(crate) unsafe fn softmax<S: Simd>(
         }
         let top = s.splat(running.top);
         let mut total = s.zero();
-        for v in 0..visible.div_ceil(S::LANES) {
+        clear(s, scores, 0, registers.start * S::LANES);
+        for v in registers {
             let at = scores.add(v * S::LANES);
             let p = exp2(s, s.sub(s.load(at), top));
             s.store(at, p);

@@ -4,7 +4,7 @@ use super::Partial;
 use crate::cpu::CpuReal;
 use crate::cpu::attend::mask::{Block, Content, Part, Tables};
 use crate::cpu::attend::plan::{KEYS, ROWS, RowBlock, Sizes};
-use crate::cpu::attend::rows::{RowInfo, Tile, infos, tiles};
+use crate::cpu::attend::rows::{RowInfo, Tile, infos, key_blocks, seen, tiles};
 use crate::cpu::buffer::Buffer;
 use crate::cpu::kernel::exp2::{exp2, exp2_one};
 use crate::cpu::kernel::gemm::{Left, Right, Size, Target, gemm};
@@ -132,11 +132,10 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
     #[inline(always)]
     pub(super) fn rows(&mut self, block: &RowBlock) {
         self.pack_rows(block);
-        let most = self.infos.iter().map(|info| info.visible).max().unwrap_or(0);
-        for key_block in 0..most.div_ceil(KEYS) {
-            if self.contents[key_block] != Content::Uniform(PADDING) {
-                self.key_block(key_block);
-            }
+        let real = |block: &usize| self.contents[*block] != Content::Uniform(PADDING);
+        let blocks: Vec<usize> = key_blocks(&self.infos, &self.sizes).filter(real).collect();
+        for key_block in blocks {
+            self.key_block(key_block);
         }
         self.write_queries();
     }
@@ -156,7 +155,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             let at = [b, info.row.head, info.query];
             let logsumexp = |part: usize| upstream.logsumexp.get([b, info.row.head, part, info.query]);
             if (0..parts).all(|part| logsumexp(part) == S::Real::INFINITY) {
-                info.visible = 0;
+                (info.first, info.visible) = (0, 0);
             }
             // SAFETY: the buffers hold every row of a block.
             unsafe {
@@ -206,17 +205,18 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         let s = self.s;
         let Sizes { depth, stride, score_stride, vectors, .. } = self.sizes;
         let range = self.sizes.key_block(index);
-        let key_panels = Right::panels(s, &raw const self.key_panels[range.start * depth], depth);
-        let value_panels = Right::panels(s, &raw const self.value_panels[range.start * depth], depth);
-        let farthest = self.infos.iter().map(|info| info.sees(&range)).max().unwrap_or(0);
+        let near = seen(&self.infos, &range, 2 * S::LANES);
         self.tables.iter_mut().for_each(Tables::clear);
-        let tiles: Vec<Tile> = tiles(&self.infos, &range, S::TALL).collect();
-        for Tile { rows, reach } in tiles {
+        let tiles: Vec<Tile> = tiles(s, &self.infos, &range).collect();
+        for Tile { rows, keys } in tiles {
+            let (from, reach) = (range.start + keys.start, keys.len());
+            let key_panels = Right::panels(s, &raw const self.key_panels[from * depth], depth);
+            let value_panels = Right::panels(s, &raw const self.value_panels[from * depth], depth);
             let size = Size { rows: rows.len(), vectors: reach.div_ceil(S::LANES), depth };
             // SAFETY: the rows of the tile, and panels up to the keys it reaches; scores hold a whole block of keys.
             unsafe {
                 let offset = rows.start * stride;
-                let scores = rows.start * score_stride;
+                let scores = rows.start * score_stride + keys.start;
                 let left = Left { pointer: self.query.as_ptr().add(offset), row_stride: stride, depth_stride: 1 };
                 let pointer = self.probabilities.as_mut_ptr().add(scores);
                 gemm(s, size, left, key_panels, Target { pointer, row_stride: score_stride, accumulate: false });
@@ -225,14 +225,14 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
                 gemm(s, size, left, value_panels, Target { pointer, row_stride: score_stride, accumulate: false });
             }
             for row in rows.clone() {
-                self.row(row, index, farthest);
+                self.row(row, index, &near);
             }
             let size = Size { rows: rows.len(), vectors, depth: reach };
             // SAFETY: the tile's score gradients for `reach` keys, those keys, and the tile's rows of dQ.
             unsafe {
-                let pointer = self.d_scores.as_ptr().add(rows.start * score_stride);
+                let pointer = self.d_scores.as_ptr().add(rows.start * score_stride + keys.start);
                 let left = Left { pointer, row_stride: score_stride, depth_stride: 1 };
-                let right = Right::rows(s, &raw const self.keys[range.start * stride], stride);
+                let right = Right::rows(s, &raw const self.keys[from * stride], stride);
                 let pointer = self.d_query.as_mut_ptr().add(rows.start * stride);
                 gemm(s, size, left, right, Target { pointer, row_stride: stride, accumulate: true });
             }
@@ -241,31 +241,37 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         // SAFETY: rows of these keys in the sums of dK and dV.
         unsafe {
             let d_value = self.d_value.as_mut_ptr().add(from);
-            self.keys_product(&range, farthest, (self.probabilities.as_ptr(), self.d_out.as_ptr(), d_value));
+            self.keys_product(&range, &near, (self.probabilities.as_ptr(), self.d_out.as_ptr(), d_value));
             let d_key = self.d_key.as_mut_ptr().add(from);
-            self.keys_product(&range, farthest, (self.d_scores.as_ptr(), self.query.as_ptr(), d_key));
+            self.keys_product(&range, &near, (self.d_scores.as_ptr(), self.query.as_ptr(), d_key));
         }
     }
 
-    /// target += scoresᵀ rows, for the first `farthest` keys of the block; rows that do not see a tile of keys are left out.
+    /// target += scoresᵀ rows, for the keys `near` of the block; rows before and after those that see a tile of keys are
+    /// left out.
     ///
     /// # Safety
-    /// `scores` must hold every row's scores for `farthest` keys, `rows` every row, `target` a row for every key.
+    /// `scores` must hold every row's scores for the keys `near`, `rows` every row, `target` a row for every key.
     #[inline(always)]
     unsafe fn keys_product(
         &self,
         range: &Range<usize>,
-        farthest: usize,
+        near: &Range<usize>,
         (scores, rows, target): (*const S::Real, *const S::Real, *mut S::Real),
     ) {
         let s = self.s;
         let Sizes { stride, score_stride, vectors, .. } = self.sizes;
-        let whole = self.infos.iter().all(|info| info.sees(range) == range.len());
+        let whole = self.infos.iter().all(|info| info.sees(range) == (0..range.len()));
         let step = if whole { range.len() } else { S::TALL };
-        for first in (0..farthest).step_by(step) {
-            let count = step.min(farthest - first);
-            let skip = self.infos.iter().position(|info| info.sees(range) > first).unwrap_or(self.infos.len());
-            let size = Size { rows: count, vectors, depth: self.infos.len() - skip };
+        for first in near.clone().step_by(step) {
+            let count = step.min(near.end - first);
+            let sees = |info: &RowInfo| {
+                let seen = info.sees(range);
+                seen.start < first + count && first < seen.end
+            };
+            let skip = self.infos.iter().position(sees).unwrap_or(self.infos.len());
+            let until = self.infos.iter().rposition(sees).map_or(skip, |last| last + 1);
+            let size = Size { rows: count, vectors, depth: until - skip };
             // SAFETY: keys `first ..` of the block and rows from `skip` on; the caller's contract.
             unsafe {
                 let pointer = scores.add(skip * score_stride + first);
@@ -277,25 +283,31 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         }
     }
 
-    /// Probabilities and score gradients of one row for one key block, zero up to `farthest` where not visible.
+    /// Probabilities and score gradients of one row for one key block, zero for those of the keys `near` that are not
+    /// visible.
     #[inline(always)]
-    fn row(&mut self, row: usize, key_block: usize, farthest: usize) {
+    fn row(&mut self, row: usize, key_block: usize, near: &Range<usize>) {
         let (s, b) = (self.s, self.head[0]);
         let Sizes { score_stride, parts, .. } = self.sizes;
         let range = self.sizes.key_block(key_block);
         let info = self.infos[row];
-        let visible = info.sees(&range);
+        let Range { start: first, end: visible } = info.sees(&range);
         let ids = &self.problem.modality.row(b)[range];
         let content = self.contents[key_block];
-        // SAFETY: the row's scores hold a whole block of keys, of which `farthest` were computed.
+        // SAFETY: the row's scores hold a whole block of keys, of which at least the visible ones were computed.
         let (p, d) = unsafe {
             let p = self.probabilities.as_mut_ptr().add(row * score_stride);
             (p, self.d_scores.as_mut_ptr().add(row * score_stride))
         };
-        // SAFETY: as above; what lies past the visible keys is cleared.
-        unsafe { clear(s, p, visible.next_multiple_of(S::LANES), farthest) };
-        // SAFETY: as above.
-        unsafe { clear(s, d, visible.next_multiple_of(S::LANES), farthest) };
+        // Registers with a visible key; those before and after them are cleared.
+        let (from, to) = (first / S::LANES * S::LANES, visible.next_multiple_of(S::LANES));
+        for scores in [p, d] {
+            // SAFETY: as above.
+            unsafe {
+                clear(s, scores, near.start, from);
+                clear(s, scores, to.max(near.start), near.end);
+            }
+        }
         if visible == 0 {
             return;
         }
@@ -305,7 +317,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             *mask = self.tables[usize::from(*part == Part::CrossKeys)].added(self.problem, keys, info.row);
         }
         let closed = &self.closed[row * parts..][..parts];
-        for at in (0..visible).step_by(S::LANES) {
+        for at in (from..visible).step_by(S::LANES) {
             // SAFETY: registers that begin below `visible`, inside scores and tables of a whole block of keys.
             unsafe {
                 let (score, d_p) = (s.load(p.add(at)), s.load(d.add(at)));
@@ -317,8 +329,14 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
                     d_score = s.mul_add(x, s.sub(d_p, s.splat(closed.delta)), d_score);
                 }
                 let inside = visible - at;
-                s.store(p.add(at), s.first(inside, probability, s.zero()));
-                s.store(d.add(at), s.first(inside, d_score, s.zero()));
+                (probability, d_score) = (s.first(inside, probability, s.zero()), s.first(inside, d_score, s.zero()));
+                if at < first {
+                    let outside = first - at;
+                    (probability, d_score) =
+                        (s.first(outside, s.zero(), probability), s.first(outside, s.zero(), d_score));
+                }
+                s.store(p.add(at), probability);
+                s.store(d.add(at), d_score);
             }
         }
         if let Some(d_bias) = &self.gradients.bias {
@@ -331,7 +349,8 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             for key in modalities {
                 // SAFETY: the row's score gradients, zero past the visible ones; this task alone owns the head's table.
                 unsafe {
-                    let (sum, _) = split_sum(s, d, self.tables[0].own(keys, key), visible);
+                    let own = self.tables[0].own(keys, key).add(from);
+                    let (sum, _) = split_sum(s, d.add(from), own, visible - from);
                     *d_bias.element([b, info.row.head, query, key as usize]) += sum;
                 }
             }

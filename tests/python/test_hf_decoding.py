@@ -1,0 +1,196 @@
+"""Ways to decode besides greedy: sampling, assistants, output_attentions, modality ids of the caller's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import moda_attn
+import tiny
+from decoding import TOLERANCE, difference, generated, one_shot, patched
+from moda_attn import ModaConfig
+from moda_attn.errors import ModaTypeError, ModaValueError
+from moda_attn.hf import record_mass, runtime
+
+
+class Recorder(LogitsProcessor):
+    """Keeps the raw logits of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(scores.clone())
+        return scores
+
+
+def rows_of(x: dict[str, Tensor], counts: list[int]) -> dict[str, Tensor]:
+    """Every row and its images as often as `counts` say."""
+    pick = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    images = (x["input_ids"] == tiny.IMAGE).sum(-1) // 4
+    first = images.cumsum(0) - images
+    result = {name: x[name][pick] for name in ("input_ids", "attention_mask")}
+    features = [x["pixel_values"][first[row] : first[row] + images[row]] for row in pick]
+    return result | {"pixel_values": torch.cat(features)}
+
+
+def test_every_sample_of_a_prompt_keeps_its_own_state():
+    model = patched()
+    x = tiny.inputs("llava-llama", ["TTITTT", "TITTTTITT"])
+    recorder = Recorder()
+    sequences = model.generate(
+        **x,
+        max_new_tokens=6,
+        do_sample=True,
+        temperature=4.0,
+        num_return_sequences=3,
+        suppress_tokens=[tiny.IMAGE],
+        logits_processor=LogitsProcessorList([recorder]),
+    )
+    tokens = sequences[:, x["input_ids"].shape[1] :]
+    assert len({tuple(row) for row in tokens.tolist()}) > 3
+    steps = torch.stack(recorder.steps, dim=1)
+    expected = one_shot(model, rows_of(x, [3, 3]), tokens)
+    keep = torch.arange(tiny.VOCABULARY) != tiny.IMAGE
+    assert difference(steps[..., keep], expected[..., keep]) < TOLERANCE
+
+
+def assistants() -> dict[str, Callable[[], nn.Module]]:
+    """The same model with noise, so that it drafts tokens of which some are taken: plain, and patched itself."""
+
+    def noisy(model: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            model.lm_head.weight.add_(0.2 * model.lm_head.weight.std() * torch.randn(model.lm_head.weight.shape))
+        return model
+
+    return {"plain": lambda: noisy(tiny.build()), "patched": lambda: noisy(patched())}
+
+
+@pytest.mark.parametrize("kind", assistants())
+def test_an_assistants_drafts_stay_out_of_the_basis(kind: str):
+    model, assistant = patched(), assistants()[kind]()
+    x = tiny.inputs("llava-llama", ["TTITTTTITTTTTT"])
+    tokens, steps = generated(model, x, steps=12)
+    again, other = generated(model, x, steps=12, assistant_model=assistant)
+    assert torch.equal(tokens, again)
+    assert difference(steps, other) < TOLERANCE
+
+
+def repetitive() -> dict[str, Tensor]:
+    """A prompt whose end stood in it before, so that prompt lookup has drafts at the first step."""
+    x = tiny.inputs("llava-llama", ["TTITTTTITTTTTT"])
+    x["input_ids"][0, -6:] = torch.tensor([5, 6, 7, 8, 5, 6])
+    return x
+
+
+def test_prompt_lookup_keeps_drafts_out_of_the_basis():
+    model, x = patched(), repetitive()
+    tokens, steps = generated(model, x)
+    again, other = generated(model, x, prompt_lookup_num_tokens=3)
+    assert torch.equal(tokens, again)
+    assert difference(steps, other) < TOLERANCE
+
+
+def test_drafts_in_the_basis_would_be_noticed(monkeypatch: pytest.MonkeyPatch):
+    """Negative control: with the prompt's length unknown the first call's drafts feed the bases."""
+    model, x = patched(), repetitive()
+    _, steps = generated(model, x)
+    monkeypatch.setattr(runtime.Prompt, "take", classmethod(lambda cls, args, kwargs: cls(None)))
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny.build()}):
+        _, other = generated(model, x, **options)
+        assert difference(steps[:, 0], other[:, 0]) > 0.01
+
+
+def test_attention_weights_on_request():
+    """Those of torch's eager attention where nothing is learned yet; with pseudo-scores the rest of the mass."""
+    x = tiny.inputs("llava-llama", ["TTITTT", "TITTTTITT"])
+    real = x["attention_mask"].bool()
+    position_ids = (x["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    model = tiny.build()
+    model.set_attn_implementation({"text_config": "eager"})
+    with torch.no_grad():
+        expected = model(**x, output_attentions=True, position_ids=position_ids).attentions
+        moda_attn.apply(model, ModaConfig(mask="none", location_prior=False), attention="moda")
+        weights = model(**x, output_attentions=True).attentions
+        for ours, theirs in zip(weights, expected, strict=True):
+            assert difference(ours.transpose(1, 2)[real], theirs.transpose(1, 2)[real]) < TOLERANCE
+        assert model(**x).attentions is None
+        moda_attn.remove(model)
+        moda_attn.apply(model)
+        tiny.randomise(model)
+        with record_mass(model) as recorder:
+            weights = model(**x, output_attentions=True).attentions
+    for layer, ours in enumerate(weights):
+        on_keys = recorder.layers[layer][0].mass[..., :2].sum(-1)
+        assert difference(ours.sum(-1), on_keys) < TOLERANCE
+    out = model.generate(**x, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True, do_sample=False)
+    assert [step[0].shape[-1] for step in out.attentions] == [15, 16]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}], ids=["cache", "none", "beams"])
+def test_generate_takes_the_callers_modality_ids(options: dict):
+    """Given what the model would have read off itself they change nothing, embeddings merged by the caller included."""
+    model = patched()
+    x = tiny.inputs("llava-llama", ["TTITTT", "TITTTTITT"])
+    ids = (x["input_ids"] == tiny.IMAGE).long()
+    tokens, steps = generated(model, x, **options)
+    again, other = generated(model, x, modality_ids=ids, **options)
+    assert torch.equal(tokens, again)
+    assert difference(steps, other) == 0
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(x["input_ids"])
+        features = torch.cat(list(model.model.get_image_features(x["pixel_values"]).pooler_output))
+        embeds[ids.bool()] = features
+    merged = {"inputs_embeds": embeds, "attention_mask": x["attention_mask"]}
+    if not options:
+        out = model.generate(
+            **merged,
+            modality_ids=ids,
+            max_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            suppress_tokens=[tiny.IMAGE],
+        )
+        assert difference(torch.stack(out.logits, dim=1), steps) < TOLERANCE
+    with pytest.raises(ModaValueError, match="give modality_ids"):
+        model.generate(**merged, max_new_tokens=2)
+    _, changed = generated(model, x, modality_ids=1 - ids, **options)
+    assert difference(changed[:, 0], steps[:, 0]) > 0.1
+
+
+def test_words_about_a_prompt_that_do_not_fit():
+    model = patched()
+    x = tiny.inputs("llava-llama", ["TTITTT"])
+    ids = (x["input_ids"] == tiny.IMAGE).long()
+    with pytest.raises(ModaValueError, match=r"modality_ids has shape \(1, 8\); wanted \(1, 9\), as the prompt"):
+        model.generate(**x, modality_ids=ids[:, 1:], max_new_tokens=2)
+    with pytest.raises(ModaTypeError, match="moda_context must be a torch"):
+        model.generate(**x, moda_context=[True], max_new_tokens=2)
+
+
+def test_continuous_batching_is_refused():
+    """It cuts prompts into pieces and packs several into one row."""
+    model = patched()
+    for start in (model.init_continuous_batching, lambda: model.generate_batch([[1, 2, 3]])):
+        with pytest.raises(ModaValueError, match="continuous batching"):
+            start()
+    moda_attn.remove(model)
+    assert model.init_continuous_batching() is not None
+
+
+def test_a_chunked_prefill():
+    """Refused where the bases need the whole prompt at once; right where the configuration has no bases."""
+    model = patched()
+    x = tiny.inputs("llava-llama", ["TTITTT"])
+    with pytest.raises(ModaValueError, match="prefill_chunk_size"):
+        model.generate(**x, max_new_tokens=2, prefill_chunk_size=4)
+    model = patched(config=ModaConfig(align=(), location_prior=False))
+    tokens, steps = generated(model, x)
+    again, other = generated(model, x, prefill_chunk_size=4)
+    assert torch.equal(tokens, again)
+    assert difference(steps, other) < TOLERANCE
