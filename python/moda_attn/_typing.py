@@ -36,6 +36,13 @@ class PatchedAttention(TextAttention):
     moda_runtime: Runtime
 
 
+class LegacyAttention(PatchedAttention):
+    """A patched Llama attention of transformers 4.37."""
+
+    attention_dropout: float
+    rotary_emb: nn.Module
+
+
 class VisionLanguageModel(nn.Module):
     """A model of a supported family."""
 

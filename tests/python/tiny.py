@@ -9,6 +9,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from perturb import randomise
 from tiny_families import BUILDERS, IMAGE, PAD, TEXT_END, VIDEO, VIDEO_START, VOCABULARY
 
 __all__ = ["BUILDERS", "IMAGE", "PAD", "TEXT_END", "VIDEO", "VOCABULARY", "build", "inputs", "modality", "randomise"]
@@ -40,15 +41,6 @@ def _template(family: str) -> nn.Module:
 def build(family: str = "llava-llama", dtype: torch.dtype = torch.float32) -> nn.Module:
     """A fresh copy of the family's tiny model in evaluation mode; always the same weights."""
     return copy.deepcopy(_template(family)).to(dtype)
-
-
-def randomise(model: nn.Module, scale: float = 0.3) -> None:
-    """Move every MODA parameter away from its start, so that its effect shows."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".moda." in name:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def inputs(family: str, rows: str | list[str], pad: str = "left", first: int = 0) -> dict[str, Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from ..errors import ModaRuntimeError, ModaValueError
 from ..layer import ModaLayer
-from .interface import NAME
+from .names import NAME
 from .seam import CacheSeam
 
 if TYPE_CHECKING:
@@ -39,11 +40,16 @@ def refuse_foreign_forward(attention: nn.Module) -> None:
     )
 
 
-def patch_attention(attention: nn.Module, layer: ModaLayer | None, runtime: Runtime) -> None:
-    """Swap the class of `attention`; its parameters keep their names, new ones go into the submodule `moda`."""
+def patch_attention(
+    attention: nn.Module, layer: ModaLayer | None, runtime: Runtime, subclass: Callable[[type], type]
+) -> None:
+    """Swap the class of `attention` for its `subclass`.
+
+    Its parameters keep their names, new ones go into the submodule `moda`.
+    """
     hook = _take_hook(attention)
     cls: type = type(attention)
-    attention.__class__ = _patched(cls)
+    attention.__class__ = subclass(cls)
     patched = cast("PatchedAttention", attention)
     patched.moda_runtime = runtime
     patched.moda = layer
@@ -59,7 +65,9 @@ def unpatch_attention(attention: nn.Module) -> None:
 
 
 @functools.cache
-def _patched(cls: type) -> type:
+def patched_class(cls: type) -> type:
+    """A subclass of `cls` whose forward passes through the seam."""
+
     class Patched(cls):
         def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
             call = kwargs.get("moda_call")

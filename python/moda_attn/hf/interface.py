@@ -13,13 +13,12 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from ..errors import ModaRuntimeError, ModaValueError
 from ..layer import attend, attention_weights
+from .names import NAME
 from .seam import CacheSeam
 from .visible import Keys, key_range, window_of
 
 if TYPE_CHECKING:
     from .._typing import PatchedAttention
-
-NAME = "moda"
 
 #: Arguments of an attention function that change what it computes, and that our kernel has no counterpart of.
 UNSUPPORTED = {"softcap": "a soft cap on its scores", "s_aux": "attention sinks of its own"}

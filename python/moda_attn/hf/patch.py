@@ -14,10 +14,11 @@ from .._checks import compute_dtype
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaTypeError, ModaValueError
 from ..layer import ModaLayer
-from .attention import patch_attention, refuse_foreign_forward, unpatch_attention
-from .interface import NAME, register
+from .attention import patch_attention, patched_class, refuse_foreign_forward, unpatch_attention
+from .legacy import LegacyRuntime, LegacyStructure, legacy_patched
+from .names import NAME
 from .placement import home_of
-from .registry import family_of
+from .registry import UNKNOWN, MediaTokens, family_of
 from .runtime import Runtime
 from .structure import Structure, find_structure
 from .wrappers import refuse_removal
@@ -188,21 +189,28 @@ def _install(
     *,
     use_kernel: bool,
 ) -> Runtime:
-    register()
     attentions = structure.attentions(model)
     for module in attentions.values():
         refuse_foreign_forward(module)
-    outer: Any = model.config
-    family = family_of(outer)
-    tokens = family.media_tokens(outer, 2 if config is None else config.num_modalities)
-    runtime = Runtime(structure, family, config, tokens, _get_attention(model, structure))
+    old = _get_attention(model, structure)
+    if isinstance(structure, LegacyStructure):
+        runtime: Runtime
+        runtime, subclass = LegacyRuntime(structure, UNKNOWN, config, MediaTokens(), old), legacy_patched
+    else:
+        from .interface import register  # what it registers with, transformers 4.37 does not have
+
+        register()
+        outer: Any = model.config
+        family = family_of(outer)
+        tokens = family.media_tokens(outer, 2 if config is None else config.num_modalities)
+        runtime, subclass = Runtime(structure, family, config, tokens, old), patched_class
     for module in structure.others(model):
         # They share the decoder's configuration, which may come to name an attention function that is not for them.
         module.config = copy.copy(module.config)
     if use_kernel:
         _set_attention(model, structure, NAME)
     for index, module in attentions.items():
-        patch_attention(module, layers.get(index), runtime)
+        patch_attention(module, layers.get(index), runtime, subclass)
     runtime.connect(model)
     setattr(model, _RUNTIME, runtime)
     return runtime
@@ -232,9 +240,8 @@ def _get_attention(model: nn.Module, structure: Structure) -> str:
 
 
 def _set_attention(model: nn.Module, structure: Structure, name: str) -> None:
-    part = structure.text_config
     if _get_attention(model, structure) != name:
-        cast("VisionLanguageModel", model).set_attn_implementation(name if part is None else {part: name})
+        structure.set_attention(model, name)
     if _get_attention(model, structure) != name:
         raise ModaRuntimeError(f"{type(model).__name__} did not accept the attention implementation {name!r}")
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import ModaTypeError, ModaValueError
 
 if TYPE_CHECKING:
-    from .._typing import TextAttention
+    from .._typing import TextAttention, VisionLanguageModel
 
 #: What an attention module must do for its keys to be aligned: the seam.
 SEAM = (
@@ -61,6 +61,11 @@ class Structure:
         """The text decoder."""
         return model.get_submodule(self.decoder)
 
+    def set_attention(self, model: nn.Module, name: str) -> None:
+        """Have the text decoder, and it alone, use the attention implementation `name`."""
+        part = self.text_config
+        cast("VisionLanguageModel", model).set_attn_implementation(name if part is None else {part: name})
+
 
 def _takes_keywords(module: nn.Module) -> bool:
     kinds = (parameter.kind for parameter in inspect.signature(module.forward).parameters.values())
@@ -81,6 +86,11 @@ def find_structure(model: object) -> Structure:
             "the model is wrapped by PEFT, which would not save MODA weights: apply first, then wrap it with "
             'modules_to_save=["moda"]'
         )
+    from .legacy.structure import legacy_structure  # whose class derives from ours
+
+    legacy = legacy_structure(model)
+    if legacy is not None:
+        return legacy
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ModaValueError(f"{name} is not supported; wanted a transformers.PreTrainedModel with {SEAM}")
