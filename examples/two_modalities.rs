@@ -70,7 +70,8 @@ struct Batch {
 
 /// Random colours on the patches, and a question about one of them.
 fn batch(colours: &Tensor) -> Result<Batch> {
-    let pick = |high: usize, shape: &[usize]| Tensor::rand(0f32, high as f32, shape, &CPU)?.floor()?.to_dtype(DType::U32);
+    let pick =
+        |high: usize, shape: &[usize]| Tensor::rand(0f32, high as f32, shape, &CPU)?.floor()?.to_dtype(DType::U32);
     let painted = pick(COLOURS, &[BATCH, PATCHES])?;
     let question = pick(PATCHES, &[BATCH])?;
     let clean = colours.index_select(&painted.flatten_all()?, 0)?.reshape((BATCH, PATCHES, PATCH_DIM))?;

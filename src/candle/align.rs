@@ -101,7 +101,7 @@ impl Bases {
         let ([b, h, n, d], m) = (key.shape(), self.0.modalities);
         let zeros = vec![T::Acc::ZERO; m * d * d];
         // Every token passes through as padding, so that nothing but the bases is computed.
-        let padding = Ids::from_slice(&vec![PADDING; b * n], b, n);
+        let padding = Ids::new(&vec![PADDING; b * n], [b, n]).expect("padding is an id");
         let problem = self.problem([key, value], &padding, (&zeros, None))?;
         let mut unchanged = vec![T::default(); b * h * n * d];
         let mut basis = vec![T::Acc::ZERO; b * h * m * d * d];

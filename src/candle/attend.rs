@@ -5,9 +5,10 @@ use crate::dtype::Real;
 use crate::ids::Ids;
 use crate::op;
 use crate::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine};
+use crate::range::KeyRanges;
 use crate::view::{View, ViewMut};
-use candle_core::utils::get_num_threads;
 use candle_core::backend::BackendStorage;
+use candle_core::utils::get_num_threads;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use std::sync::{Arc, Mutex};
 
@@ -26,6 +27,8 @@ pub struct Attention<'a> {
     pub sink: Option<&'a Tensor>,
     /// Added to the scores (B|1, Hq|1, M, M) by query and key modality. Default: none.
     pub bias: Option<&'a Tensor>,
+    /// The interval of keys that each query may see (windows, blocks that see both ways, packed rows). Default: all.
+    pub key_range: Option<&'a KeyRanges>,
     /// One softmax (the default) or two.
     pub combine: Combine,
 }
@@ -34,7 +37,8 @@ impl<'a> Attention<'a> {
     /// Causal attention over keys of these modalities.
     pub fn new(modality: &'a Ids) -> Self {
         let combine = Combine::Joint;
-        Self { modality, query_modality: None, causal: true, scale: None, sink: None, bias: None, combine }
+        let (sink, bias, key_range) = (None, None, None);
+        Self { modality, query_modality: None, causal: true, scale: None, sink, bias, key_range, combine }
     }
 }
 
@@ -96,6 +100,7 @@ fn apply(
         causal: options.causal,
         scale: options.scale,
         combine: options.combine,
+        key_range: options.key_range.cloned(),
         sink: sink.is_some(),
         modalities: bias.as_ref().map(|(m, _)| *m),
         wants_mass,
@@ -131,6 +136,7 @@ struct Operator {
     causal: bool,
     scale: Option<f64>,
     combine: Combine,
+    key_range: Option<KeyRanges>,
     /// Whether the tables begin with a sink.
     sink: bool,
     /// M where the tables end with a bias.
@@ -158,6 +164,7 @@ impl Operator {
             query_modality: &self.query_modality,
             sink: self.sink.then(|| View::from_slice(sink, [b, hq, nq, parts])),
             bias: self.modalities.map(|m| View::from_slice(bias, [b, hq, m, m])),
+            key_range: self.key_range.as_ref(),
             causal: self.causal,
             scale: T::Acc::from_f64(self.scale.unwrap_or(default)),
             combine: self.combine,
@@ -225,11 +232,7 @@ impl Operator {
         };
         op::modular_attention_backward(&problem, &upstream, &mut gradients, get_num_threads()).map_err(wrapped)?;
         let count = d_tables.len();
-        Ok([
-            tensor(d_query, (b, hq, nq, d))?,
-            tensor(d_pair, (2, b, hkv, nk, d))?,
-            tensor(d_tables, count)?,
-        ])
+        Ok([tensor(d_query, (b, hq, nq, d))?, tensor(d_pair, (2, b, hkv, nk, d))?, tensor(d_tables, count)?])
     }
 }
 

@@ -102,6 +102,7 @@ pub struct ModaCache {
 
 impl ModaAttention {
     /// The module with the weights of `vb`.
+    #[allow(clippy::needless_pass_by_value, reason = "as every candle module takes it")]
     pub fn new(config: ModaConfig, vb: VarBuilder<'_>) -> Result<Self> {
         let ModaConfig { embed_dim, num_heads, num_kv_heads, head_dim, num_modalities, .. } = config;
         if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) || head_dim * embed_dim * num_modalities == 0 {
@@ -197,12 +198,8 @@ impl ModaAttention {
             query = rotate(&query, &angles)?;
             key = rotate(&key, &angles)?;
         }
-        let options = Alignment {
-            sources,
-            basis: cache.basis.as_ref(),
-            kind: self.config.kind,
-            ..Alignment::new(modality)
-        };
+        let options =
+            Alignment { sources, basis: cache.basis.as_ref(), kind: self.config.kind, ..Alignment::new(modality) };
         let (aligned, basis) = duplex_align(&key, &value, &self.keep, &self.mix, &options)?;
         key = aligned;
         if let Some((keys, values, _)) = &cache.tokens {
@@ -248,7 +245,8 @@ impl ModaAttention {
         let squares = basis.sqr()?.sum_keepdim(D::Minus1)?;
         let safe = squares.eq(0.0)?.where_cond(&squares.ones_like()?, &squares)?;
         let normed = basis.broadcast_div(&safe.sqrt()?)?.reshape((b * h, m, d * d))?;
-        let others = (Tensor::ones((m, m), basis.dtype(), basis.device())? - Tensor::eye(m, basis.dtype(), basis.device())?)?;
+        let others =
+            (Tensor::ones((m, m), basis.dtype(), basis.device())? - Tensor::eye(m, basis.dtype(), basis.device())?)?;
         let likeness = normed.matmul(&normed.transpose(1, 2)?)?.broadcast_mul(&(others / d as f64)?)?;
         let likeness = likeness.reshape((b, h, 1, m, m))?.broadcast_as((b, h, group, m, m))?;
         let strength = strength.to_dtype(basis.dtype())?.reshape((1, h, group, 1, 1))?;
@@ -260,7 +258,7 @@ impl ModaAttention {
 fn joined(before: &Ids, new: &Ids) -> Ids {
     let [b, n] = new.shape();
     let flat: Vec<i32> = (0..b).flat_map(|row| [before.row(row), new.row(row)].concat()).collect();
-    Ids::from_slice(&flat, b, before.shape()[1] + n)
+    Ids::new(&flat, [b, before.shape()[1] + n]).expect("both were ids")
 }
 
 /// 0-based positions of the last `count` tokens among the real tokens of their row; 0 for padding in front.

@@ -32,7 +32,7 @@ pub use attend::{Attention, modular_attention, modular_attention_with_mass};
 pub use layer::{ModaAttention, ModaCache, ModaConfig};
 pub use sink::pseudo_sink;
 
-use crate::ids::{Ids, MAX_MODALITIES};
+use crate::ids::Ids;
 use candle_core::{DType, Result, Tensor};
 
 /// The modality ids of a tensor (B, N) of any integer dtype: -1 padding, 0 text, 1 vision, and so on.
@@ -40,12 +40,9 @@ pub fn ids(tensor: &Tensor) -> Result<Ids> {
     if !tensor.dtype().is_int() {
         candle_core::bail!("modality has dtype {:?}; wanted an integer dtype", tensor.dtype());
     }
-    let shape = tensor.dims2()?;
+    let (batch, tokens) = tensor.dims2()?;
     let flat: Vec<i64> = tensor.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?;
-    let largest = MAX_MODALITIES as i64 - 1;
-    if let Some(id) = flat.iter().find(|id| !(-1..=largest).contains(id)) {
-        candle_core::bail!("modality has the id {id}; wanted -1 (padding) to {largest}");
-    }
-    let flat: Vec<i32> = flat.into_iter().map(|id| id as i32).collect();
-    Ok(Ids::from_slice(&flat, shape.0, shape.1))
+    // What no i32 holds is no id either, and is named as such.
+    let flat: Vec<i32> = flat.into_iter().map(|id| i32::try_from(id).unwrap_or(i32::MIN)).collect();
+    Ids::new(&flat, [batch, tokens]).map_err(storage::wrapped)
 }

@@ -61,7 +61,7 @@ impl CustomOp2 for Operator {
         for_real!(decay.dtype(), R => {
             let problem = self.problem::<R>(view(decay, decay_layout)?, view(base, base_layout)?)?;
             let mut sink = vec![0.0; b * heads * nq];
-            op::pseudo_sink(&problem, &mut ViewMut::from_slice(&mut sink, [b, heads, nq]));
+            op::pseudo_sink(&problem, &mut ViewMut::from_slice(&mut sink, [b, heads, nq])).map_err(wrapped)?;
             Ok(result(sink, (b, heads, nq)))
         })
     }
@@ -81,7 +81,8 @@ impl CustomOp2 for Operator {
             let mut gradients = [vec![0.0; shape.0 * shape.1], vec![0.0; shape.0 * shape.1]];
             let [d_decay, d_base] = &mut gradients;
             let [mut d_decay, mut d_base] = [d_decay, d_base].map(|d| ViewMut::from_slice(d, [shape.0, shape.1]));
-            op::pseudo_sink_backward(&problem, view(on_cpu(&d_sink.0)?, d_sink.1)?, &mut d_decay, &mut d_base);
+            let d_sink = view(on_cpu(&d_sink.0)?, d_sink.1)?;
+            op::pseudo_sink_backward(&problem, d_sink, &mut d_decay, &mut d_base).map_err(wrapped)?;
             let [d_decay, d_base] = gradients.map(|gradient| tensor(gradient, shape));
             Ok((Some(d_decay?), Some(d_base?)))
         })

@@ -81,9 +81,8 @@ pub(crate) fn modular_attention(a: &Attention<'_>) -> Result<(Tensor, Tensor)> {
     let (columns, rows) = (a.modality.unsqueeze(1)?, a.query_modality.unsqueeze(2)?);
     let real = (1.0 - is(&columns, -1)?)?.broadcast_mul(&(1.0 - is(&rows, -1)?)?)?;
     let own = columns.broadcast_eq(&rows)?.to_dtype(candle_core::DType::F64)?;
-    let causal: Vec<f64> = (0..nq * nk)
-        .map(|at| f64::from(!a.causal || (at % nk + nq) as i64 <= (at / nk + nk) as i64))
-        .collect();
+    let causal: Vec<f64> =
+        (0..nq * nk).map(|at| f64::from(!a.causal || (at % nk + nq) as i64 <= (at / nk + nk) as i64)).collect();
     let visible = real.broadcast_mul(&Tensor::from_vec(causal, (1, nq, nk), a.query.device())?)?;
     let part = |which: &Tensor, index: usize| softmax(&scores, which, (a.sink, index), &value);
     let (cross, own) = ((&visible * (1.0 - &own)?)?, (&visible * &own)?);
@@ -133,10 +132,8 @@ pub(crate) fn pseudo_sink(
     let (decay, base) = (pick(decay)?, pick(base)?);
     let steps = Tensor::arange(0, span, decay.device())?.to_dtype(candle_core::DType::F64)?;
     let terms = decay.unsqueeze(3)?.broadcast_mul(&steps.neg()?)?.exp()?;
-    let inside: Vec<f64> = position
-        .iter()
-        .flat_map(|&p| (0..span).map(move |t| f64::from(t < (span - 1 - p).max(0))))
-        .collect();
+    let inside: Vec<f64> =
+        position.iter().flat_map(|&p| (0..span).map(move |t| f64::from(t < (span - 1 - p).max(0)))).collect();
     let inside = Tensor::from_vec(inside, (b, 1, nq, span as usize), decay.device())?;
     base + terms.broadcast_mul(&inside)?.sum(D::Minus1)?.log()?
 }

@@ -75,7 +75,8 @@ fn attention_and_its_gradients_are_those_of_the_dense_formula() -> Result<()> {
     let tokens = Tensor::new(&TOKENS, &CPU)?;
     let modality = ids(&tokens)?;
     for dtype in DTYPES {
-        for (case, combine) in [Combine::Joint, Combine::Split, Combine::Joint, Combine::Split].into_iter().enumerate() {
+        for (case, combine) in [Combine::Joint, Combine::Split, Combine::Joint, Combine::Split].into_iter().enumerate()
+        {
             let (causal, tables) = (case % 3 == 0, case < 3);
             let name = format!("{dtype:?} {combine:?} causal {causal} tables {tables}");
             let mut rng = Rng::new(case as u64 + 7);
@@ -156,7 +157,8 @@ fn alignment_and_its_gradients_are_those_of_the_dense_formula() -> Result<()> {
             let ours = vars(&values, &[dtype, second, wide, wide])?;
             let truth = vars(&values, &[DType::F64; 4])?;
             let no_value = Tensor::zeros((2, 2, 9, 6), dtype, &CPU)?;
-            let [ours_value, true_value] = if given { [&no_value; 2] } else { [ours[1].as_tensor(), truth[1].as_tensor()] };
+            let [ours_value, true_value] =
+                if given { [&no_value; 2] } else { [ours[1].as_tensor(), truth[1].as_tensor()] };
             let options = Alignment {
                 sources: Some(&feeding),
                 basis: given.then(|| ours[1].as_tensor()),
@@ -320,7 +322,7 @@ fn bad_input_is_an_error_that_says_what_was_wanted() -> Result<()> {
     let bytes = good.to_dtype(DType::U8)?;
     fails(&bytes, &bytes, &bytes, "wanted F32, BF16, F16 or F64");
     let message = ids(&Tensor::new(&[[0i64, -2]], &CPU)?).unwrap_err().to_string();
-    assert!(message.contains("-2") && message.contains("wanted -1"), "{message}");
+    assert!(message.contains("modality[0, 1] is -2"), "{message}");
     let (two, one) = (Tensor::zeros((1, 2, 2), DType::F32, &CPU)?, Tensor::zeros((1, 4, 4), DType::F32, &CPU)?);
     assert!(duplex_align(&good, &good, &two, &two, &Alignment::new(&modality)).is_err());
     let message = duplex_align(&good, &good, &one, &one, &Alignment::new(&modality)).unwrap_err().to_string();
