@@ -64,6 +64,16 @@ fn shape_error(argument: &'static str, given: &[usize], wanted: String) -> Error
     Error::Shape { argument, given: print_shape(given), wanted }
 }
 
+/// Checks a given number of modalities, against the one of the bias table if there is one.
+pub fn check_modalities(given: usize, table: Option<usize>) -> Result<()> {
+    let wanted = match table {
+        Some(m) if m != given => format!("{m}, the M of modality_bias"),
+        None if !(1..=MAX_MODALITIES).contains(&given) => format!("1 to {MAX_MODALITIES}"),
+        _ => return Ok(()),
+    };
+    Err(option("num_modalities", given.to_string(), &wanted))
+}
+
 fn expect(argument: &'static str, given: &[usize], wanted: &[usize], meaning: &str) -> Result<()> {
     if given == wanted {
         return Ok(());
@@ -167,6 +177,8 @@ pub struct AttendProblem<'a, T: Element> {
     pub scale: T::Acc,
     /// One softmax or two.
     pub combine: Combine,
+    /// Number of modalities M, where it is given: above every id, and the bias table's.
+    pub num_modalities: Option<usize>,
 }
 
 impl<'a, T: Element> AttendProblem<'a, T> {
@@ -214,6 +226,9 @@ impl<'a, T: Element> AttendProblem<'a, T> {
                 shape_error("modality_bias", &bias.shape(), format!("(B|1, Hq|1, M, M) = ({b}|1, {hq}|1, M, M)"))
             })?);
         }
+        if let Some(m) = self.num_modalities {
+            check_modalities(m, self.bias.map(|bias| bias.shape()[2]))?;
+        }
         if let Some([rows, queries]) = self.key_range.map(KeyRanges::shape)
             && ((rows != b && rows != 1) || queries != nq)
         {
@@ -228,10 +243,10 @@ impl<'a, T: Element> AttendProblem<'a, T> {
         Ok(self)
     }
 
-    /// Number of modalities M: the bias table's, or as many as the ids span.
+    /// Number of modalities M: the given one or the bias table's, else as many as the ids span.
     pub fn modalities(&self) -> usize {
-        let span = self.modality.span().max(self.query_modality.span()).max(1);
-        self.bias.map_or(span, |bias| bias.shape()[2])
+        let span = || self.modality.span().max(self.query_modality.span()).max(1);
+        self.num_modalities.or(self.bias.map(|bias| bias.shape()[2])).unwrap_or_else(span)
     }
 
     /// Query heads that read one key head.
@@ -293,8 +308,46 @@ pub struct AttendOutputs<'a, T: Element> {
     pub logsumexp: ViewMut<'a, T::Acc, 4>,
     /// `o_self` and `o_cross` (B, Hq, 2, Nq, D), wanted for "split" only: backward needs them apart.
     pub parts: Option<ViewMut<'a, T::Acc, 5>>,
-    /// Attention mass (B, Hq, Nq, 3): on self keys, on cross keys, on the pseudo-scores.
-    pub mass: Option<ViewMut<'a, T::Acc, 4>>,
+    /// Attention mass, where it is wanted.
+    pub mass: Option<Mass<'a, T::Acc>>,
+}
+
+/// How the attention mass of a row is split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MassBy {
+    /// On self keys, on cross keys, on the pseudo-scores.
+    Relation,
+    /// On the keys of modality 0 .. M-1, then on the pseudo-scores.
+    Modality,
+}
+
+impl MassBy {
+    /// Parses the operator's name for it; `None` where no mass is wanted.
+    pub fn parse(name: &str) -> Result<Option<Self>> {
+        match name {
+            "none" => Ok(None),
+            "relation" => Ok(Some(Self::Relation)),
+            "modality" => Ok(Some(Self::Modality)),
+            _ => Err(option("return_mass", format!("{name:?}"), r#"False, True or "modality""#)),
+        }
+    }
+
+    /// Number of columns for M modalities.
+    pub const fn columns(self, modalities: usize) -> usize {
+        match self {
+            Self::Relation => 3,
+            Self::Modality => modalities + 1,
+        }
+    }
+}
+
+/// Where the attention mass goes.
+#[derive(Debug)]
+pub struct Mass<'a, R> {
+    /// What the columns are.
+    pub by: MassBy,
+    /// (B, Hq, Nq, columns).
+    pub values: ViewMut<'a, R, 4>,
 }
 
 /// What backward of attention starts from.

@@ -9,7 +9,7 @@ use common::{
 };
 use moda_attn::dtype::Element;
 use moda_attn::ids::PADDING;
-use moda_attn::problem::Combine;
+use moda_attn::problem::{Combine, MassBy};
 use moda_attn::range::KeyRanges;
 use moda_attn::spec;
 
@@ -130,6 +130,7 @@ const JOINT: AttendOptions = AttendOptions {
     sinks: Sinks::Absent,
     bias: BiasTable::Absent,
     ranges: Ranges::Absent,
+    mass: MassBy::Relation,
     storage: Storage::Contiguous,
     spread: 1.0,
 };
@@ -165,6 +166,34 @@ fn split_normalises_self_and_cross_apart() {
     assert_close("mass", &result.mass.values(), &mass, 1e-15);
     let logsumexp = [0.0, 2.0f64.ln(), 4.0f64.ln(), f64::INFINITY, 2.0f64.ln(), 2.0f64.ln()];
     assert_close("L", &result.logsumexp.values(), &logsumexp, 1e-15);
+}
+
+/// The columns of mass by modality, added up by the query's modality, are those of mass by relation.
+#[test]
+fn mass_by_modality_is_mass_by_relation_in_detail() {
+    let z = [1.0f64, 2.0, 3.0, 4.0].map(f64::ln);
+    let case = with_sink(uniform(&[0, 1, 1, 0], AttendOptions { mass: MassBy::Modality, modalities: 3, ..JOINT }), &z);
+    let wanted = [0.5, 0.0, 0.0, 0.5, 0.25, 0.25, 0.0, 0.5, 1.0 / 6.0, 2.0 / 6.0, 0.0, 0.5, 0.25, 0.25, 0.0, 0.5];
+    assert_close("by modality", &case.truth().mass.values(), &wanted, 1e-15);
+    let mut rng = Rng::new(9);
+    for _ in 0..50 {
+        let mut case = AttendCase::<f64>::random(&mut rng);
+        case.options.mass = MassBy::Relation;
+        let relation = case.truth().mass;
+        case.options.mass = MassBy::Modality;
+        let (modality, m) = (case.truth().mass, case.options.modalities);
+        let [batch, heads, queries, _] = relation.shape;
+        for (b, h, i) in
+            (0..batch * heads * queries).map(|at| (at / queries / heads, at / queries % heads, at % queries))
+        {
+            let own = case.query_modality.row(b)[i];
+            let column = |column: usize| modality.get([b, h, i, column]);
+            let on_self = if own == PADDING { 0.0 } else { column(own as usize) };
+            let every: f64 = (0..m).map(column).sum();
+            let wanted = [0, 1, 2].map(|column| relation.get([b, h, i, column]));
+            assert_close("by relation", &[on_self, every - on_self, column(m)], &wanted, 1e-14);
+        }
+    }
 }
 
 #[test]
@@ -221,8 +250,9 @@ fn masses_of_a_joint_row_that_sees_anything_sum_to_one() {
         let options = AttendOptions { combine: Combine::Joint, ..AttendOptions::random(&mut rng) };
         let case = AttendCase::<f64>::new(&mut rng, options);
         let (mass, logsumexp) = (case.truth().mass.values(), case.truth().logsumexp.values());
-        let sees = |row: usize| logsumexp[row] != f64::INFINITY || mass[3 * row + 2] == 1.0;
-        for (row, mass) in mass.chunks(3).enumerate() {
+        let columns = options.mass.columns(options.modalities);
+        let sees = |row: usize| logsumexp[row] != f64::INFINITY || mass[columns * (row + 1) - 1] == 1.0;
+        for (row, mass) in mass.chunks(columns).enumerate() {
             let wanted = if sees(row) { 1.0 } else { 0.0 };
             assert!((mass.iter().sum::<f64>() - wanted).abs() < 1e-14, "{mass:?} in {options:?}");
         }

@@ -83,6 +83,8 @@ def attend_forward(
     bias: _Tensor | None,
     key_range: _Tensor | None,
     combine: str,
+    num_modalities: int | None,
+    mass_by: str,
     out: _Tensor,
     lse: _Tensor,
     parts: _Tensor | None,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._mass import MassBy, columns
 from .errors import ModaRuntimeError
 
 __all__ = ["duplex_align", "modular_attention", "pseudo_sink"]
@@ -37,7 +38,8 @@ _SCHEMAS = {
     ),
     "modular_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor modality, Tensor? query_modality, bool is_causal,"
-        " float? scale, Tensor? sink, Tensor? modality_bias, Tensor? key_range, str combine, bool return_mass)"
+        " float? scale, Tensor? sink, Tensor? modality_bias, Tensor? key_range, str combine,"
+        " SymInt? num_modalities, str mass_by)"
         " -> (Tensor out, Tensor logsumexp, Tensor parts, Tensor mass)"
     ),
     "modular_attention_backward": (
@@ -200,24 +202,29 @@ def _attention_outputs(
     modality_bias: Tensor | None,
     key_range: Tensor | None,
     combine: str,
-    return_mass: bool,
+    num_modalities: int | None,
+    mass_by: MassBy,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape, work = query.shape, _arithmetic(query.dtype)
     split = combine == "split"
+    mass = _absent(query)
+    if mass_by != "none":
+        table = None if modality_bias is None else modality_bias.shape
+        mass = query.new_empty((*shape[:3], columns(mass_by, num_modalities, table)), dtype=work)
     return (
         query.new_empty(shape),
         query.new_empty((*shape[:2], 2 if split else 1, *shape[2:3]), dtype=work),
         query.new_empty((*shape[:2], 2, *shape[2:]), dtype=work) if split else _absent(query),
-        query.new_empty((*shape[:3], 3), dtype=work) if return_mass else _absent(query),
+        mass,
     )
 
 
 def _attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _attention_outputs(*inputs)
     out, logsumexp, parts, mass = outputs
-    *problem, return_mass = inputs
-    wanted = (parts if problem[-1] == "split" else None, mass if return_mass else None)
-    arguments = [*problem, out, logsumexp, *wanted, torch.get_num_threads()]
+    combine, mass_by = inputs[-3], inputs[-1]
+    wanted = (parts if combine == "split" else None, None if mass_by == "none" else mass)
+    arguments = [*inputs, out, logsumexp, *wanted, torch.get_num_threads()]
     _native.attend_forward(*arguments)
     return outputs
 
@@ -263,7 +270,7 @@ def _attention_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    query, key, value, modality, query_modality, is_causal, scale, sink, modality_bias, key_range, combine, _ = inputs
+    query, key, value, modality, query_modality, is_causal, scale, sink, modality_bias, key_range, combine, *_ = inputs
     out, logsumexp, parts, mass = output
     saved = (query, key, value, modality, query_modality, sink, modality_bias, key_range, out, logsumexp, parts)
     ctx.save_for_backward(*saved)
@@ -274,7 +281,7 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 def _attention_formula(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_out is None:
-        return (None,) * 12
+        return (None,) * 13
     query, key, value, modality, query_modality, sink, modality_bias, key_range, *upstream = ctx.saved_tensors
     is_causal, scale, combine = ctx.options
     needs_sink, needs_bias = ctx.needs_input_grad[7], ctx.needs_input_grad[8]
@@ -287,7 +294,7 @@ def _attention_formula(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tup
         d_sink = d_sink.squeeze(-1)
     d_sink = d_sink.sum_to_size(sink.shape) if needs_sink else None
     d_bias = d_bias.sum_to_size(modality_bias.shape) if needs_bias else None
-    return d_query, d_key, d_value, None, None, None, None, d_sink, d_bias, None, None, None
+    return d_query, d_key, d_value, None, None, None, None, d_sink, d_bias, None, None, None, None
 
 
 # Registration.

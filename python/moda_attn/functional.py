@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _op
+from ._mass import mass_by
 from .errors import ModaTypeError, ModaValueError
 
 __all__ = ["duplex_align", "modular_attention", "pseudo_sink"]
@@ -112,6 +113,7 @@ def modular_attention(
     modality_bias: Tensor | None = None,
     key_range: Tensor | None = None,
     combine: str = "joint",
+    num_modalities: int | None = None,
     return_mass: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -130,7 +132,8 @@ def modular_attention(
     modality_bias: Tensor | None = None,
     key_range: Tensor | None = None,
     combine: str = "joint",
-    return_mass: Literal[True],
+    num_modalities: int | None = None,
+    return_mass: Literal[True, "modality"],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -147,7 +150,8 @@ def modular_attention(
     modality_bias: Tensor | None = None,
     key_range: Tensor | None = None,
     combine: str = "joint",
-    return_mass: bool = False,
+    num_modalities: int | None = None,
+    return_mass: bool | Literal["modality"] = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention whose softmax also holds the row's pseudo-scores and a bias a pair of modalities (equations 7 to 10).
 
@@ -173,12 +177,16 @@ def modular_attention(
             nothing. Default: every key.
         combine: ``"joint"``, one softmax over the row (equation 9), or ``"split"``, one over the keys of the query's
             own modality and one over the others, each with its own sink, whose outputs add (equations 7 and 8).
-        return_mass: also return where the attention went.
+        num_modalities: M, above every id and equal to that of `modality_bias`. Only ``return_mass="modality"`` needs
+            it, where there is no `modality_bias`.
+        return_mass: also return where the attention went: True by the relation of key and query, ``"modality"`` by the
+            modality of the key.
 
     Returns:
         o (B, Hq, Nq, D) in the query's dtype, differentiable in query, key, value, sink and modality_bias. With
-        `return_mass` also (B, Hq, Nq, 3) in the sink's dtype: the mass on keys of the query's own modality, on the
-        others and on the pseudo-scores; not differentiable.
+        `return_mass` also the mass in the sink's dtype, not differentiable: (B, Hq, Nq, 3), on keys of the query's own
+        modality, on the others and on the pseudo-scores; with ``"modality"`` (B, Hq, Nq, M + 1), on the keys of each
+        modality and on the pseudo-scores. ``"split"`` has the masses of both softmaxes added.
 
     Raises:
         ModaTypeError: an argument is no tensor, or of a dtype that is not supported here.
@@ -189,7 +197,8 @@ def modular_attention(
     tables = {"sink": sink, "modality_bias": modality_bias, "key_range": key_range}
     _check(("query", query), optional=True, query_modality=query_modality, **tables)
     query, key, value = _autocast(query, key, value)
-    options = (query_modality, is_causal, scale, sink, modality_bias, key_range, combine, return_mass)
+    by = mass_by(return_mass, num_modalities, has_table=modality_bias is not None)
+    options = (query_modality, is_causal, scale, sink, modality_bias, key_range, combine, num_modalities, by)
     out, _, _, mass = _op.modular_attention(query, key, value, modality, *options)
     return (out, mass) if return_mass else out
 

@@ -91,6 +91,7 @@ def modular_attention(
     modality_bias: Array | None = None,
     key_range: Array | None = None,
     combine: str = "joint",
+    num_modalities: int | None = None,
     return_mass: Literal[False] = False,
 ) -> Array: ...
 
@@ -109,7 +110,8 @@ def modular_attention(
     modality_bias: Array | None = None,
     key_range: Array | None = None,
     combine: str = "joint",
-    return_mass: Literal[True],
+    num_modalities: int | None = None,
+    return_mass: Literal[True, "modality"],
 ) -> tuple[Array, Array]: ...
 
 
@@ -126,7 +128,8 @@ def modular_attention(
     modality_bias: Array | None = None,
     key_range: Array | None = None,
     combine: str = "joint",
-    return_mass: bool = False,
+    num_modalities: int | None = None,
+    return_mass: bool | Literal["modality"] = False,
 ) -> Array | tuple[Array, Array]:
     """Attention with pseudo-scores and a bias a pair of modalities: :func:`moda_attn.functional.modular_attention`.
 
@@ -140,13 +143,15 @@ def modular_attention(
         modality_bias: (B|1, Hq|1, M, M), the sink's dtype; -inf forbids a pair.
         key_range: (B|1, Nq, 2), any integer dtype: the first key a query may see and one past the last, clamped.
         combine: ``"joint"`` or ``"split"``.
-        return_mass: also return where the attention went.
+        num_modalities: M, above every id.
+        return_mass: also return where the attention went; ``"modality"`` needs `num_modalities` or `modality_bias`.
 
     Returns:
-        (B, Hq, Nq, D) in the query's dtype; with `return_mass` also (B, Hq, Nq, 3): self, cross, pseudo.
+        (B, Hq, Nq, D) in the query's dtype; with `return_mass` also (B, Hq, Nq, 3): self, cross, pseudo;
+        with ``"modality"`` (B, Hq, Nq, M + 1): each modality, pseudo.
 
     Raises:
         ModaTypeError, ModaValueError: as :func:`moda_attn.functional.modular_attention`.
     """
-    options = (query_modality, is_causal, scale, sink, modality_bias, key_range, combine, return_mass)
+    options = (query_modality, is_causal, scale, sink, modality_bias, key_range, combine, num_modalities, return_mass)
     return _arrays.modular_attention(_empty, query, key, value, modality, *options)

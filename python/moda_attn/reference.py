@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _checks as check
 from ._linalg import unit_rows
+from ._mass import mass_by
 from .errors import ModaTypeError, ModaValueError
 
 __all__ = ["duplex_align", "modular_attention", "pseudo_sink"]
@@ -188,6 +189,7 @@ def modular_attention(
     modality_bias: Tensor | None = None,
     key_range: Tensor | None = None,
     combine: str = "joint",
+    num_modalities: int | None = None,
     return_mass: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -206,7 +208,8 @@ def modular_attention(
     modality_bias: Tensor | None = None,
     key_range: Tensor | None = None,
     combine: str = "joint",
-    return_mass: Literal[True],
+    num_modalities: int | None = None,
+    return_mass: Literal[True, "modality"],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -223,7 +226,8 @@ def modular_attention(
     modality_bias: Tensor | None = None,
     key_range: Tensor | None = None,
     combine: str = "joint",
-    return_mass: bool = False,
+    num_modalities: int | None = None,
+    return_mass: bool | Literal["modality"] = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention whose softmax also holds a pseudo-score a row and a bias a pair of modalities (equations 7 to 9).
 
@@ -240,18 +244,23 @@ def modular_attention(
         key_range: (B|1, Nq, 2) of integers: query i sees key j only where first <= j < last; bounds may lie outside.
         combine: "joint", one softmax over the row, or "split", one over the keys of the query's own modality plus one
             over the keys of the others, each with its own sink; an empty part gives zeros.
-        return_mass: also return where the attention went.
+        num_modalities: M, above every id and that of `modality_bias`.
+        return_mass: also return where the attention went; "modality" needs `num_modalities` or `modality_bias`.
 
     Returns:
         (B, Hq, Nq, D) in the query's dtype; with `return_mass` also (B, Hq, Nq, 3), the mass on keys of the query's own
-        modality, on the others and on the pseudo-scores, not differentiable. A row that sees no key gives zeros.
+        modality, on the others and on the pseudo-scores, not differentiable; with "modality" (B, Hq, Nq, M + 1), the
+        mass on the keys of each modality and on the pseudo-scores. A row that sees no key gives zeros.
 
     Raises:
         ModaTypeError, ModaValueError: an argument of the wrong kind, dtype or shape, or a modality id out of range.
     """
     query_modality = _check_attention(query, key, value, modality, query_modality)
     work = check.compute_dtype(query.dtype)
-    _check_tables(query, modality, query_modality, sink, modality_bias, combine)
+    by = mass_by(return_mass, num_modalities, has_table=modality_bias is not None)
+    check.choice("combine", combine, ("joint", "split"))
+    _check_tables(query, sink, modality_bias, combine)
+    num_modalities = _check_ids(modality, query_modality, modality_bias, num_modalities)
     _check_ranges(query, key_range)
     _, heads, rows, dim = query.shape
     columns = key.shape[2]
@@ -285,8 +294,11 @@ def modular_attention(
         other, other_pseudo = _softmax(scores, visible & ~same, other_sink)
         probability, pseudo = own + other, own_pseudo + other_pseudo
     out = (probability @ v).to(query.dtype)
-    if not return_mass:
+    if by == "none":
         return out
+    if by == "modality":
+        each = (modality[:, :, None] == torch.arange(num_modalities or 0, device=q.device)).to(work)
+        return out, torch.cat([probability @ each[:, None], pseudo[..., None]], dim=-1).detach()
     on_self = probability.masked_fill(~same, 0).sum(-1)
     on_cross = probability.masked_fill(same, 0).sum(-1)
     return out, torch.stack([on_self, on_cross, pseudo], dim=-1).detach()
@@ -338,19 +350,10 @@ def _check_attention(
     return query_modality
 
 
-def _check_tables(
-    query: Tensor,
-    modality: Tensor,
-    query_modality: Tensor,
-    sink: Tensor | None,
-    modality_bias: Tensor | None,
-    combine: str,
-) -> None:
-    """Check the options of attention: ids against the tables, shapes and dtypes of sink and bias."""
-    check.choice("combine", combine, ("joint", "split"))
+def _check_tables(query: Tensor, sink: Tensor | None, modality_bias: Tensor | None, combine: str) -> None:
+    """Check shapes and dtypes of sink and bias."""
     batch, heads, rows, _ = query.shape
     work = check.compute_dtype(query.dtype)
-    modalities = None
     for name, table in (("sink", sink), ("modality_bias", modality_bias)):
         if table is not None:
             check.tensors(query=query, **{name: table})
@@ -362,12 +365,22 @@ def _check_tables(
         else:
             check.shape("sink", sink, (*wanted, 2), 'for combine="split" (B|1, Hq|1, Nq, 2)')
     if modality_bias is not None:
-        modalities = modality_bias.shape[-1] if modality_bias.dim() else 0
-        check.shape(
-            "modality_bias", modality_bias, ((batch, 1), (heads, 1), modalities, modalities), "(B|1, Hq|1, M, M)"
-        )
-    check.modality_ids("modality", modality, modalities)
-    check.modality_ids("query_modality", query_modality, modalities)
+        m = modality_bias.shape[-1] if modality_bias.dim() else 0
+        check.shape("modality_bias", modality_bias, ((batch, 1), (heads, 1), m, m), "(B|1, Hq|1, M, M)")
+
+
+def _check_ids(
+    modality: Tensor, query_modality: Tensor, modality_bias: Tensor | None, num_modalities: int | None
+) -> int | None:
+    """Check that all ids lie below the number of modalities, wherever that comes from; returns it."""
+    if modality_bias is not None:
+        m = modality_bias.shape[-1]
+        if num_modalities not in (None, m):
+            raise ModaValueError(f"num_modalities is {num_modalities}; wanted {m}, the M of modality_bias")
+        num_modalities = m
+    check.modality_ids("modality", modality, num_modalities)
+    check.modality_ids("query_modality", query_modality, num_modalities)
+    return num_modalities
 
 
 def _check_ranges(query: Tensor, key_range: Tensor | None) -> None:

@@ -9,7 +9,9 @@ use crate::error::{Error, Result};
 use crate::ids::{Ids, MAX_MODALITIES};
 use crate::layout::print_shape;
 use crate::op;
-use crate::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine};
+use crate::problem::{
+    AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine, Mass, MassBy, check_modalities,
+};
 use crate::range::KeyRanges;
 use crate::view::{RawView, View};
 use pyo3::prelude::*;
@@ -27,6 +29,7 @@ struct Inputs<'a> {
     bias: Option<&'a RawView<'a>>,
     key_range: Option<&'a RawView<'a>>,
     combine: Combine,
+    num_modalities: Option<usize>,
 }
 
 /// The ids of keys and queries and the ranges of the queries, read before a problem can borrow them.
@@ -58,7 +61,11 @@ impl Inputs<'_> {
     }
 
     fn tokens<T: Element>(&self) -> Result<Tokens> {
-        let modalities = self.bias::<T>()?.map_or(MAX_MODALITIES, |bias| bias.shape()[2]);
+        let table = self.bias::<T>()?.map(|bias| bias.shape()[2]);
+        if let Some(given) = self.num_modalities {
+            check_modalities(given, table)?;
+        }
+        let modalities = self.num_modalities.or(table).unwrap_or(MAX_MODALITIES);
         let [b, _, nq, _] = self.query::<T>()?.shape();
         let nk = self.key::<T>()?.shape()[2];
         let keys = ids("modality", self.modality, [b, nk], "(B, Nk)", modalities)?;
@@ -90,6 +97,7 @@ impl Inputs<'_> {
             causal: self.causal,
             scale: T::Acc::from_f64(self.scale.unwrap_or_else(|| dim.sqrt().recip())),
             combine: self.combine,
+            num_modalities: self.num_modalities,
         }
         .validated()
     }
@@ -100,7 +108,7 @@ struct Forward<'a> {
     out: &'a RawView<'a>,
     logsumexp: &'a RawView<'a>,
     parts: Option<&'a RawView<'a>>,
-    mass: Option<&'a RawView<'a>>,
+    mass: Option<(MassBy, &'a RawView<'a>)>,
 }
 
 /// Writes o into `out`, L into `lse` and, where they are given, the two parts of "split" and the attention mass.
@@ -119,6 +127,8 @@ pub(super) fn attend_forward(
     bias: Option<&Bound<'_, PyAny>>,
     key_range: Option<&Bound<'_, PyAny>>,
     combine: &str,
+    num_modalities: Option<usize>,
+    mass_by: &str,
     out: &Bound<'_, PyAny>,
     lse: &Bound<'_, PyAny>,
     parts: Option<&Bound<'_, PyAny>>,
@@ -146,12 +156,14 @@ pub(super) fn attend_forward(
         bias: bias.as_ref().map(Imported::view),
         key_range: key_range.as_ref().map(Imported::view),
         combine: Combine::parse(combine)?,
+        num_modalities,
     };
+    let by = MassBy::parse(mass_by)?;
     let work = Forward {
         out: out.view(),
         logsumexp: lse.view(),
         parts: parts.as_ref().map(Imported::view),
-        mass: mass.as_ref().map(Imported::view),
+        mass: by.zip(mass.as_ref().map(Imported::view)),
     };
     compute(py, || for_element!(inputs.query, "query", forward(&inputs, &work, threads)))
 }
@@ -162,12 +174,16 @@ fn forward<T: CpuElement>(inputs: &Inputs<'_>, work: &Forward<'_>, threads: usiz
     let [b, hq, nq, d] = problem.query.shape();
     let softmaxes = problem.combine.parts();
     // SAFETY: Python has just allocated the outputs and shares them with nobody before this call returns.
+    let mass = work.mass.map(|(by, mass)| unsafe {
+        output("mass", mass, [b, hq, nq, by.columns(problem.modalities())]).map(|values| Mass { by, values })
+    });
+    // SAFETY: as above.
     let mut outputs = unsafe {
         AttendOutputs::<T> {
             out: output("out", work.out, [b, hq, nq, d])?,
             logsumexp: output("lse", work.logsumexp, [b, hq, softmaxes, nq])?,
             parts: work.parts.map(|parts| output("parts", parts, [b, hq, 2, nq, d])).transpose()?,
-            mass: work.mass.map(|mass| output("mass", mass, [b, hq, nq, 3])).transpose()?,
+            mass: mass.transpose()?,
         }
     };
     op::modular_attention(&problem, &mut outputs, threads)
@@ -238,6 +254,7 @@ pub(super) fn attend_backward(
         bias: bias.as_ref().map(Imported::view),
         key_range: key_range.as_ref().map(Imported::view),
         combine: Combine::parse(combine)?,
+        num_modalities: None,
     };
     let work = Backward {
         d_out: d_out.view(),

@@ -3,7 +3,7 @@
 use super::linear::{Matrix, add_scaled, block, dot, head, write_matrix, write_row, zeros};
 use crate::dtype::{Element, Real};
 use crate::ids::PADDING;
-use crate::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine};
+use crate::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine, MassBy};
 
 /// Output o (B, Hq, Nq, D), logsumexp L (B, Hq, parts, Nq) and, where wanted, the parts of o and the mass.
 ///
@@ -18,16 +18,21 @@ pub fn forward<T: Element>(problem: &AttendProblem<'_, T>, outputs: &mut AttendO
             for i in 0..queries {
                 let pairs = row.pairs(i);
                 let mut out = vec![T::Acc::ZERO; dim];
-                let mut mass = [T::Acc::ZERO; 3];
+                let by = outputs.mass.as_ref().map_or(MassBy::Relation, |mass| mass.by);
+                let mut mass = vec![T::Acc::ZERO; by.columns(problem.modalities())];
                 for part in 0..problem.combine.parts() {
                     let pairs: Vec<&Pair<_>> = pairs.iter().filter(|pair| pair.part == part).collect();
                     let softmax = Softmax::new(&pairs, row.sink(i, part));
                     let mut part_out = vec![T::Acc::ZERO; dim];
                     for (pair, &probability) in pairs.iter().zip(&softmax.probabilities) {
                         add_scaled(&mut part_out, probability, &row.value[pair.key]);
-                        mass[usize::from(pair.is_cross)] += probability;
+                        let column = match by {
+                            MassBy::Relation => usize::from(pair.is_cross),
+                            MassBy::Modality => problem.modality.row(b)[pair.key] as usize,
+                        };
+                        mass[column] += probability;
                     }
-                    mass[2] += softmax.sink_probability;
+                    *mass.last_mut().expect("a column for the pseudo-scores") += softmax.sink_probability;
                     add_scaled(&mut out, T::Acc::ONE, &part_out);
                     block(&mut outputs.logsumexp, [b, h, part])[i] = softmax.logsumexp;
                     if let Some(parts) = &mut outputs.parts {
@@ -36,7 +41,7 @@ pub fn forward<T: Element>(problem: &AttendProblem<'_, T>, outputs: &mut AttendO
                 }
                 write_row(block(&mut outputs.out, [b, h, i]), &out);
                 if let Some(target) = &mut outputs.mass {
-                    write_row(block(target, [b, h, i]), &mass);
+                    write_row(block(&mut target.values, [b, h, i]), &mass);
                 }
             }
         }

@@ -8,7 +8,7 @@ use super::tensor::{Storage, Tensor};
 use super::tokens::{self, Layout, Padding};
 use moda_attn::dtype::{Element, Real};
 use moda_attn::ids::{Ids, PADDING};
-use moda_attn::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine};
+use moda_attn::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine, Mass, MassBy};
 use moda_attn::range::KeyRanges;
 use moda_attn::spec;
 use moda_attn::view::ViewMut;
@@ -54,6 +54,7 @@ pub(crate) struct AttendOptions {
     pub(crate) sinks: Sinks,
     pub(crate) bias: BiasTable,
     pub(crate) ranges: Ranges,
+    pub(crate) mass: MassBy,
     pub(crate) storage: Storage,
     /// Standard deviation of queries and keys.
     pub(crate) spread: f64,
@@ -76,6 +77,7 @@ impl Default for AttendOptions {
             sinks: Sinks::Usual,
             bias: BiasTable::Finite,
             ranges: Ranges::Absent,
+            mass: MassBy::Relation,
             storage: Storage::Contiguous,
             spread: 1.0,
         }
@@ -109,6 +111,7 @@ impl AttendOptions {
             storage: rng.pick(&Storage::ALL),
             spread: rng.pick(&[0.1, 1.0, 2.0]),
             ranges: rng.pick(&Ranges::ALL),
+            mass: rng.pick(&[MassBy::Relation, MassBy::Modality]),
         }
     }
 }
@@ -173,6 +176,7 @@ impl<T: Element> AttendCase<T> {
             causal: self.options.causal,
             scale: self.scale,
             combine: self.options.combine,
+            num_modalities: Some(self.options.modalities),
         };
         problem.validated().unwrap()
     }
@@ -199,14 +203,14 @@ impl<T: Element> AttendCase<T> {
         &self,
         kernel: impl FnOnce(&AttendProblem<'_, T>, &mut AttendOutputs<'_, T>),
     ) -> AttendBuffers<T> {
-        let AttendOptions { batch, heads, queries, dim, combine, .. } = self.options;
+        let AttendOptions { batch, heads, queries, dim, modalities, combine, mass, .. } = self.options;
         let mut result = AttendBuffers {
             out: Tensor::poisoned([batch, heads, queries, dim]),
             logsumexp: Tensor::poisoned([batch, heads, combine.parts(), queries]),
             parts: (combine == Combine::Split).then(|| Tensor::poisoned([batch, heads, 2, queries, dim])),
-            mass: Tensor::poisoned([batch, heads, queries, 3]),
+            mass: Tensor::poisoned([batch, heads, queries, mass.columns(modalities)]),
         };
-        kernel(&self.problem(), &mut result.views());
+        kernel(&self.problem(), &mut result.views(mass));
         result
     }
 
@@ -322,12 +326,12 @@ pub(crate) struct AttendBuffers<T: Element> {
 }
 
 impl<T: Element> AttendBuffers<T> {
-    pub(crate) fn views(&mut self) -> AttendOutputs<'_, T> {
+    pub(crate) fn views(&mut self, by: MassBy) -> AttendOutputs<'_, T> {
         AttendOutputs {
             out: writable(&mut self.out),
             logsumexp: writable(&mut self.logsumexp),
             parts: self.parts.as_mut().map(writable),
-            mass: Some(writable(&mut self.mass)),
+            mass: Some(Mass { by, values: writable(&mut self.mass) }),
         }
     }
 }

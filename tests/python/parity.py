@@ -167,6 +167,7 @@ def attention_problem(case: Case, dtype: torch.dtype) -> dict[str, Any]:
         "sink": sink,
         "modality_bias": bias,
         "key_range": ranges,
+        "num_modalities": case.modalities,
         "combine": case.combine,
     }
 

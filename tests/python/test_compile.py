@@ -61,9 +61,10 @@ def position_range() -> Tensor:
     return torch.stack([last - 4, last], dim=-1)
 
 
-def split(query: Tensor, key: Tensor, value: Tensor, modality_bias: Tensor, **_: Tensor) -> tuple[Tensor]:
-    """Attention with two softmaxes."""
-    return (F.modular_attention(query, key, value, IDS, modality_bias=modality_bias, combine="split"),)
+def split(query: Tensor, key: Tensor, value: Tensor, modality_bias: Tensor, **_: Tensor) -> tuple[Tensor, ...]:
+    """Attention with two softmaxes, and the mass by modality."""
+    options = {"modality_bias": modality_bias, "combine": "split", "return_mass": "modality"}
+    return F.modular_attention(query, key, value, IDS, **options)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -146,6 +147,8 @@ def test_meta_tensors_have_shapes():
     ids = torch.empty(2, 7, device="meta", dtype=torch.long)
     out, mass = F.modular_attention(query, key, key, ids, return_mass=True)
     assert (out.shape, mass.shape, out.device.type) == ((2, 4, 5, 8), (2, 4, 5, 3), "meta")
+    _, mass = F.modular_attention(query, key, key, ids, num_modalities=4, return_mass="modality")
+    assert mass.shape == (2, 4, 5, 5)
     table = torch.empty(3, 8, 8, device="meta")
     aligned, basis = F.duplex_align(key, key, ids, table, table)
     assert (aligned.shape, basis.shape) == ((2, 2, 7, 8), (2, 2, 3, 8, 8))

@@ -119,7 +119,7 @@ def test_results_are_written_where_they_lie(wrap):
     tensor, ids = attention_inputs()
     wanted = F.modular_attention(tensor, tensor, tensor, ids)
     out, lse = torch.full_like(tensor, torch.nan), torch.full((1, 2, 1, 5), torch.nan)
-    given = (tensor, tensor, tensor, ids, None, True, None, None, None, None, "joint")
+    given = (tensor, tensor, tensor, ids, None, True, None, None, None, None, "joint", None, "none")
     _native.attend_forward(*given, wrap(out), wrap(lse), None, None, 1)
     assert torch.equal(out, wanted)
     assert not lse.isnan().any()
@@ -197,7 +197,7 @@ def test_a_read_only_array_is_not_written_into():
     tensor, ids = attention_inputs()
     out = np.zeros((1, 2, 5, 4), np.float32)
     out.flags.writeable = False
-    given = (tensor, tensor, tensor, ids, None, True, None, None, None, None, "joint")
+    given = (tensor, tensor, tensor, ids, None, True, None, None, None, None, "joint", None, "none")
     with pytest.raises(ModaValueError, match="out is read-only"):
         _native.attend_forward(*given, out, torch.empty(1, 2, 1, 5), None, None, 1)
     assert not out.any()
@@ -205,7 +205,7 @@ def test_a_read_only_array_is_not_written_into():
 
 def test_a_wrong_place_to_write_is_refused():
     tensor, ids = attention_inputs()
-    given = (tensor, tensor, tensor, ids, None, True, None, None, None, None, "joint")
+    given = (tensor, tensor, tensor, ids, None, True, None, None, None, None, "joint", None, "none")
     lse = torch.empty(1, 2, 1, 5)
     with pytest.raises(ModaValueError, match=r"out has shape \(1, 2, 4, 4\); wanted \(1, 2, 5, 4\)"):
         _native.attend_forward(*given, torch.empty(1, 2, 4, 4), lse, None, None, 1)

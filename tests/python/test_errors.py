@@ -147,6 +147,32 @@ def test_without_a_table_any_modality_id_goes_but_one_below_padding():
         attention(modality=ids(B, NQ) - 2)
 
 
+def test_a_given_number_of_modalities_bounds_the_ids():
+    assert attention(modality=ids(B, NQ) + 1, num_modalities=2).shape == (B, HQ, NQ, D)
+    with pytest.raises(errors.ModaValueError, match=r"modality\[0, 0\] is 2; wanted a modality id from .* to 1"):
+        attention(modality=ids(B, NQ) + 2, num_modalities=2)
+
+
+def numpy_attention(**changed: Any) -> Any:
+    array = np.zeros((1, 1, 3, 4), np.float32)
+    return N.modular_attention(array, array, array, np.zeros((1, 3), int), **changed)
+
+
+@pytest.mark.parametrize("operator", [attention, numpy_attention])
+def test_a_mass_that_is_not_to_be_had(operator: Callable[..., Any]):
+    for mass in ("modal", 1, None):
+        with pytest.raises(errors.ModaValueError, match=f'return_mass is {mass!r}; wanted False, True or "modality"'):
+            operator(return_mass=mass)
+    with pytest.raises(errors.ModaValueError, match="num_modalities is None; wanted the number of modalities, or a"):
+        operator(return_mass="modality")
+    for count in (2.0, "2", True):
+        with pytest.raises(errors.ModaTypeError, match=f"num_modalities is a {type(count).__name__}; wanted an int"):
+            operator(return_mass="modality", num_modalities=count)
+    for count in (0, -3):
+        with pytest.raises(errors.ModaValueError, match=f"num_modalities is {count}; wanted 1 or more"):
+            operator(num_modalities=count)
+
+
 VAST = 2**40
 
 
@@ -206,6 +232,12 @@ OPTIONS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (attention, {"combine": "both"}, 'combine is "both"; wanted "joint" or "split"'),
     (attention, {"scale": float("nan")}, "scale is NaN; wanted a finite number"),
     (attention, {"scale": float("inf")}, "scale is inf"),
+    (attention, {"num_modalities": 257}, "num_modalities is 257; wanted 1 to 256"),
+    (
+        attention,
+        {"num_modalities": 2, "modality_bias": zeros(1, 1, M, M)},
+        "num_modalities is 2; wanted 3, the M of modality_bias",
+    ),
     (align, {"kind": "cov"}, 'kind is "cov"; wanted "gram" or "covariance"'),
     (align, {"eps": -1e-6}, "eps is -0.000001; wanted a finite number >= 0"),
     (align, {"eps": float("nan")}, "eps is NaN"),

@@ -49,11 +49,11 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 @functools.cache
-def alone(batch: str, name: str, dtype: torch.dtype = torch.float32) -> list[float]:
+def alone(batch: str, name: str, dtype: torch.dtype = torch.float32, **options: float) -> list[float]:
     """The losses of one process that has both ranks' rows."""
     x = dict(two_ranks.BATCHES[batch][0])
     x["pixel_values"] = x["pixel_values"].to(dtype)
-    return two_ranks.train(two_ranks.build(two_ranks.CONFIGS[name], dtype), x, ranks=1)
+    return two_ranks.train(two_ranks.build(two_ranks.CONFIGS[name], dtype), x, ranks=1, **options)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -78,12 +78,14 @@ def test_fsdp_units_of_their_own_change_nothing(results: dict[str, Any]):
 
 def test_fsdp_of_a_bfloat16_model_with_float32_parameters(results: dict[str, Any]):
     """FSDP wants one dtype in a unit, so MODA's parts are units of their own."""
-    assert results["fsdp/bfloat16"] == pytest.approx(alone("images", "default", torch.bfloat16), rel=1e-2)
+    assert results["fsdp/bfloat16"] == pytest.approx(
+        alone("images", "default", torch.bfloat16, lr=two_ranks.LOW_RATE), rel=1e-2
+    )
 
 
 def test_fsdp_with_mixed_precision(results: dict[str, Any]):
     """It hands every layer a copy of its arguments, with the tensors cast."""
-    assert results["fsdp/mixed precision"] == pytest.approx(alone("images", "default"), rel=2e-2)
+    assert results["fsdp/mixed precision"] == pytest.approx(alone("images", "default", lr=two_ranks.LOW_RATE), rel=2e-2)
 
 
 def test_sharded_parameters_are_saved_whole_and_loaded(results: dict[str, Any], folder: Path):

@@ -43,6 +43,12 @@ def test_attention(dtype: str, combine: str):
     assert same(mass, wanted_mass)
     alone = N.modular_attention(query, key, value, IDS, query_modality=IDS[:, ::-1])
     assert same(alone, F.modular_attention(*torch_arguments, query_modality=torch.from_numpy(IDS).flip(1)))
+    options = {**options, "return_mass": "modality"}
+    _, mass = N.modular_attention(query, key, value, IDS, num_modalities=5, **options)
+    assert same(mass, F.modular_attention(*torch_arguments, num_modalities=5, **options)[1])
+    assert mass.shape == (2, 4, 6, 6)
+    _, mass = N.modular_attention(query, key, value, IDS, modality_bias=bias, **options)
+    assert same(mass, F.modular_attention(*torch_arguments, modality_bias=tables["modality_bias"], **options)[1])
     ranges = np.array([[[0, 2], [-1, 3], [1, 9], [4, 2], [0, 6], [3, 6]]], dtype=np.int16)
     part = N.modular_attention(query, key, value, IDS, key_range=ranges, combine=combine)
     wanted = F.modular_attention(*torch_arguments, key_range=torch.from_numpy(ranges), combine=combine)

@@ -206,8 +206,9 @@ def operator_samples() -> list[Any]:
         main = (wish(x["query"]), wish(x["key"]), wish(x["value"]), MODALITY)
         ranges = key_ranges(1 if mass else 2) if tables else None
         options = (None if mass else MODALITY, True, None if mass else 0.2, sink, bias, ranges, combine)
-        samples.append((ops.modular_attention.default, (*main, *options, mass)))
-        results = ops.modular_attention.default(*main, *options, mass)
+        wanted = (3, "modality") if mass else (None, "relation" if tables else "none")
+        samples.append((ops.modular_attention.default, (*main, *options, *wanted)))
+        results = ops.modular_attention.default(*main, *options, *wanted)
         out, logsumexp, parts, _ = (result.detach() for result in results)
         upstream = (torch.ones(1).expand_as(out), out, logsumexp, parts, tables, tables)
         samples.append((ops.modular_attention_backward.default, (*main, *options, *upstream)))

@@ -81,7 +81,8 @@ def align_cases(draw: st.DrawFn) -> Case:
 @SETTINGS
 @given(case=attention_cases())
 def test_attention(dtype: torch.dtype, case: Case):
-    check("modular_attention", attention_problem(case, dtype), dtype, return_mass=True)
+    mass = "modality" if case.seed % 2 else True
+    check("modular_attention", attention_problem(case, dtype), dtype, return_mass=mass)
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)

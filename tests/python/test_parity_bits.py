@@ -27,7 +27,8 @@ def problems(case: Case, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
     """Both operators with everything they can do on one case."""
     joint, split = (attention_problem(replace(case, combine=combine), dtype) for combine in COMBINES)
     covariance, gram = (align_problem(replace(case, kind=kind), dtype) for kind in ("covariance", "gram"))
-    attentions = [(F.modular_attention, {**problem, "return_mass": True}) for problem in (joint, split)]
+    masses = (True, "modality")
+    attentions = [(F.modular_attention, {**p, "return_mass": m}) for p, m in zip((joint, split), masses, strict=True)]
     return attentions + [(F.duplex_align, problem) for problem in (covariance, gram)]
 
 

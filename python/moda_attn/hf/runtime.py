@@ -17,7 +17,7 @@ from .memory import is_filled
 from .prompt import Prompt
 from .registry import Family, MediaTokens
 from .structure import Structure
-from .wrappers import refuse_lost_parameters
+from .wrappers import refuse_cut_gradient, refuse_lost_parameters
 
 if TYPE_CHECKING:
     from .._typing import VisionLanguageModel
@@ -121,10 +121,12 @@ class Runtime:
         refuse_lost_parameters(model, moda_layers(model).values())
 
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Raise when a layer was passed by: a wrapper that hides the patched class would be a silent no-op."""
+        """Raise when a layer was passed by, now or in the backward to come: that would be a silent no-op."""
         missed = sorted(set(self.structure.layers) - kwargs["moda_call"].entered.layers)
         if missed:
             raise ModaRuntimeError(f"patched layers {missed} were not entered; another patch hides them")
+        if module.training and torch.is_grad_enabled():
+            refuse_cut_gradient(module, output[0])
 
     def generate(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, with the length of the prompt known: only the prompt may feed a basis."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ModaRuntimeError, ModaValueError
+from ..layer import ModaLayer
 from .placement import is_sharded
 
 
@@ -36,6 +37,29 @@ def refuse_lost_parameters(model: nn.Module, layers: Collection[nn.Module]) -> N
         raise ModaRuntimeError(
             "DistributedDataParallel does not know MODA's parameters, which would differ from rank to rank: apply "
             "first, then wrap"
+        )
+
+
+def refuse_cut_gradient(core: nn.Module, hidden: Tensor) -> None:
+    """Raise after the forward of a training step whose backward would pass MODA's parameters by.
+
+    A reentrant checkpoint keeps no graph where its inputs need no gradient, which is so for the first layer of a frozen
+    model, and then for all.
+
+    Args:
+        core: the module that ran, in training mode with gradients enabled.
+        hidden: its last hidden states.
+
+    Raises:
+        ModaRuntimeError: the states need no gradient, though MODA's parameters do.
+    """
+    if hidden.requires_grad:
+        return
+    layers = (module for module in core.modules() if isinstance(module, ModaLayer))
+    if any(parameter.requires_grad for layer in layers for parameter in layer.parameters()):
+        raise ModaRuntimeError(
+            "no gradient would reach MODA's parameters: with reentrant gradient checkpointing on a frozen model call "
+            "model.enable_input_require_grads(), or use gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
 
 

@@ -8,7 +8,7 @@ use crate::cpu::kernel::pack;
 use crate::cpu::kernel::softmax::Running;
 use crate::cpu::simd::Simd;
 use crate::dtype::{Element, Real};
-use crate::problem::{AttendOutputs, AttendProblem};
+use crate::problem::{AttendOutputs, AttendProblem, MassBy};
 
 /// Where finished rows go.
 #[derive(Debug, Clone, Copy)]
@@ -20,7 +20,7 @@ pub(super) struct Finish<'a, 'o, T: Element> {
 
 impl<T: Element<Acc: CpuReal>> Finish<'_, '_, T> {
     /// Writes what softmax `part` of one row of batch row `b` has come to. `sums` are its weighted values; the outputs of
-    /// "split" add up in `result`, which "joint" does not touch.
+    /// "split" add up in `result`, which "joint" does not touch; `by_modality` is read where mass is wanted that way.
     ///
     /// # Safety
     /// The caller alone owns the row in every output; `sums`, and for "split" `result`, are valid for D in whole registers.
@@ -29,7 +29,7 @@ impl<T: Element<Acc: CpuReal>> Finish<'_, '_, T> {
         &self,
         s: S,
         ([b, part], info): ([usize; 2], &RowInfo),
-        running: &Running<S::Real>,
+        (running, by_modality): (&Running<S::Real>, &[S::Real]),
         (sums, result): (*const S::Real, *mut S::Real),
     ) {
         let outputs = self.outputs;
@@ -53,9 +53,14 @@ impl<T: Element<Acc: CpuReal>> Finish<'_, '_, T> {
                 Some(sink) if sink == running.top => S::Real::ONE,
                 Some(sink) => exp2_one(s, sink - running.top),
             };
-            for (at, share) in [running.own, running.cross, pseudo].into_iter().enumerate() {
-                // SAFETY: as above.
-                let mass = unsafe { mass.element([b, head, query, at]) };
+            let by_relation = [running.own, running.cross];
+            let shares = match mass.by {
+                MassBy::Relation => &by_relation,
+                MassBy::Modality => by_modality,
+            };
+            // SAFETY: as above.
+            let columns = unsafe { mass.values.block([b, head, query]) };
+            for (mass, &share) in columns.iter_mut().zip(shares.iter().chain([&pseudo])) {
                 let earlier = if part == 0 { S::Real::ZERO } else { *mass };
                 *mass = earlier + if running.seen { share * factor } else { S::Real::ZERO };
             }

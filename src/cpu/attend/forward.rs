@@ -2,6 +2,7 @@
 
 use super::finish::Finish;
 use super::mask::{Block, Content, Part, Tables};
+use super::mass::{Masses, Scored};
 use super::plan::{KEYS, ROWS, RowBlock, Sizes, row_blocks};
 use super::rows::{RowInfo, Tile, infos, key_blocks, tiles};
 use crate::cpu::buffer::Buffer;
@@ -12,7 +13,7 @@ use crate::cpu::simd::{Simd, Task};
 use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
-use crate::problem::{AttendOutputs, AttendProblem};
+use crate::problem::{AttendOutputs, AttendProblem, MassBy};
 
 pub(super) fn run<S, T>(
     s: S,
@@ -35,7 +36,8 @@ where
     let shares = if threads == 1 { 1 } else { (4 * threads).div_ceil(units).min(blocks.len()) };
     let tasks = units * shares;
     let outputs = &*outputs;
-    let worker = |_| Worker::new(s, problem, sizes, outputs.mass.is_some());
+    let mass = outputs.mass.as_ref().map(|mass| mass.by);
+    let worker = |_| Worker::new(s, problem, sizes, mass);
     let mut workers = (0..threads.min(tasks)).map(worker).collect::<Result<Vec<_>>>()?;
     parallel::run(&mut workers, tasks, |worker, task| {
         let (unit, share) = (task / shares, task % shares);
@@ -70,7 +72,7 @@ struct Worker<'a, S: Simd, T: Element<Acc = S::Real>> {
     s: S,
     problem: &'a AttendProblem<'a, T>,
     sizes: Sizes,
-    wants_mass: bool,
+    mass: Option<MassBy>,
     /// Whose keys are packed.
     packed: Option<[usize; 2]>,
     /// Keys, transposed, in panels.
@@ -87,17 +89,18 @@ struct Worker<'a, S: Simd, T: Element<Acc = S::Real>> {
     tables: Tables<S::Real>,
     infos: Vec<RowInfo>,
     running: Vec<Running<S::Real>>,
+    masses: Masses<S::Real>,
 }
 
 impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
-    fn new(s: S, problem: &'a AttendProblem<'a, T>, sizes: Sizes, wants_mass: bool) -> Result<Self> {
+    fn new(s: S, problem: &'a AttendProblem<'a, T>, sizes: Sizes, mass: Option<MassBy>) -> Result<Self> {
         let padded = sizes.keys.next_multiple_of(2 * S::LANES);
         let rows = ROWS.min(sizes.group * sizes.queries);
         Ok(Self {
             s,
             problem,
             sizes,
-            wants_mass,
+            mass,
             packed: None,
             key_panels: Buffer::new(padded * sizes.depth, "packed keys")?,
             values: Buffer::new(sizes.keys * sizes.stride, "packed values")?,
@@ -110,6 +113,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             tables: Tables::new(&sizes)?,
             infos: Vec::with_capacity(rows),
             running: Vec::with_capacity(rows),
+            masses: Masses::new(rows, if mass == Some(MassBy::Modality) { sizes.modalities } else { 0 })?,
         })
     }
 
@@ -186,6 +190,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             Running::new(sink.map_or(S::Real::NEG_INFINITY, |sink| sink * S::Real::LOG2_E))
         }));
         self.sums.fill(S::Real::ZERO);
+        self.masses.start();
     }
 
     /// Scores, softmax and weighted values of one key block.
@@ -198,6 +203,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         let content = self.contents[index];
         let keys = Block { batch: b, ids, content, part };
         self.tables.clear();
+        self.masses.block(ids);
         for Tile { rows: tile, keys: near } in tiles(s, &self.infos, &range) {
             let (from, reach) = (near.start, near.len());
             let panels = Right::panels(s, &raw const self.key_panels[(range.start + from) * depth], depth);
@@ -224,8 +230,13 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
                     let added = self.tables.added(self.problem, keys, info.row).add(from);
                     let (first, visible) = (seen.start - from, seen.end - from);
                     let running = &mut self.running[row];
+                    let before = running.top;
                     let block = softmax(s, Span { scores, added, first, visible, reach }, running, (sums, vectors));
-                    if self.wants_mass {
+                    if self.mass == Some(MassBy::Modality) {
+                        let (tops, probabilities) = ([before, running.top], scores.cast_const());
+                        let scored = Scored { tops, total: block, probabilities, from, count: visible };
+                        self.masses.add(s, row, scored, (&mut self.tables, keys));
+                    } else if self.mass.is_some() {
                         let uniform = match (part, content) {
                             (Part::SelfKeys, _) => Some(true),
                             (Part::CrossKeys, _) => Some(false),
@@ -263,7 +274,7 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
             unsafe {
                 let sums = self.sums.as_ptr().add(row * stride);
                 let result = self.result.as_mut_ptr().wrapping_add(row * stride);
-                finish.row(self.s, ([b, part], info), running, (sums, result));
+                finish.row(self.s, ([b, part], info), (running, self.masses.row(row)), (sums, result));
             }
         }
     }

@@ -4,6 +4,7 @@ mod backward;
 mod finish;
 mod forward;
 mod mask;
+mod mass;
 mod plan;
 mod rows;
 
