@@ -90,7 +90,7 @@ impl Case {
     }
 }
 
-fn backward(out: Tensor) -> Result<()> {
+fn backward(out: &Tensor) -> Result<()> {
     out.sum_all()?.backward().map(drop)
 }
 
@@ -130,8 +130,8 @@ fn main() -> Result<()> {
             &|| case.ours(false).map(drop),
             &|| case.ours(true).map(drop),
             &|| case.flash().map(drop),
-            &|| backward(case.ours(false)?),
-            &|| backward(case.dense(DType::F32)?),
+            &|| backward(&case.ours(false)?),
+            &|| backward(&case.dense(DType::F32)?),
         ])?;
         let [ours, full, flash, ours_both, dense_both] = std::array::from_fn(|at| 1e3 * times[at]);
         println!(

@@ -19,7 +19,7 @@
 //! ```
 //! use moda_attn::ids::Ids;
 //! use moda_attn::op;
-//! use moda_attn::problem::{AttendOutputs, AttendProblem};
+//! use moda_attn::problem::{AttendOutputs, AttendProblem, Mass, MassBy};
 //! use moda_attn::view::{View, ViewMut};
 //!
 //! # fn main() -> moda_attn::Result<()> {
@@ -38,7 +38,7 @@
 //!     out: ViewMut::from_slice(&mut out, [b, hq, n, d]),
 //!     logsumexp: ViewMut::from_slice(&mut logsumexp, [b, hq, 1, n]),
 //!     parts: None,
-//!     mass: Some(ViewMut::from_slice(&mut mass, [b, hq, n, 3])),
+//!     mass: Some(Mass { by: MassBy::Relation, values: ViewMut::from_slice(&mut mass, [b, hq, n, 3]) }),
 //! };
 //! op::modular_attention(&problem, &mut outputs, 2)?;
 //! let [own, cross, pseudo] = [mass[0], mass[1], mass[2]];

@@ -92,7 +92,7 @@ pub fn modular_attention<T: CpuElement>(
         fits("parts", both.shape(), [b, hq, 2, nq, d])?;
     }
     if let Some(mass) = &outputs.mass {
-        fits("mass", mass.shape(), [b, hq, nq, 3])?;
+        fits("mass", mass.values.shape(), [b, hq, nq, mass.by.columns(problem.modalities())])?;
     }
     T::attend(exec(threads)?, problem, outputs)
 }

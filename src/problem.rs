@@ -191,8 +191,20 @@ impl<'a, T: Element> AttendProblem<'a, T> {
         query_modality: &'a Ids,
     ) -> Self {
         let scale = T::Acc::from_f64((query.shape()[3].max(1) as f64).sqrt().recip());
-        let (sink, bias, key_range, combine) = (None, None, None, Combine::Joint);
-        Self { query, key, value, modality, query_modality, sink, bias, key_range, causal: true, scale, combine }
+        Self {
+            query,
+            key,
+            value,
+            modality,
+            query_modality,
+            sink: None,
+            bias: None,
+            key_range: None,
+            causal: true,
+            scale,
+            combine: Combine::Joint,
+            num_modalities: None,
+        }
     }
 
     /// Checks every shape and repeats sink and bias over batch and heads; returns the problem itself.

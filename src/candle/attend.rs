@@ -4,7 +4,7 @@ use super::storage::{Number, for_dtype, on_cpu, result, slice, table_dtype, tens
 use crate::dtype::Real;
 use crate::ids::Ids;
 use crate::op;
-use crate::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine};
+use crate::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine, Mass, MassBy};
 use crate::range::KeyRanges;
 use crate::view::{View, ViewMut};
 use candle_core::backend::BackendStorage;
@@ -152,25 +152,18 @@ impl Operator {
         pair: &View<'a, T, 5>,
         tables: &'a [T::Acc],
     ) -> Result<AttendProblem<'a, T>> {
-        let [b, hq, nq, d] = query.shape();
+        let [b, hq, nq, _] = query.shape();
         let parts = self.combine.parts();
         let (sink, bias) = tables.split_at(if self.sink { b * hq * nq * parts } else { 0 });
-        let default = 1.0 / (d.max(1) as f64).sqrt();
-        AttendProblem {
-            query,
-            key: pair.index([0]),
-            value: pair.index([1]),
-            modality: &self.modality,
-            query_modality: &self.query_modality,
-            sink: self.sink.then(|| View::from_slice(sink, [b, hq, nq, parts])),
-            bias: self.modalities.map(|m| View::from_slice(bias, [b, hq, m, m])),
-            key_range: self.key_range.as_ref(),
-            causal: self.causal,
-            scale: T::Acc::from_f64(self.scale.unwrap_or(default)),
-            combine: self.combine,
-        }
-        .validated()
-        .map_err(wrapped)
+        let mut problem =
+            AttendProblem::new(query, [pair.index([0]), pair.index([1])], &self.modality, &self.query_modality);
+        problem.sink = self.sink.then(|| View::from_slice(sink, [b, hq, nq, parts]));
+        problem.bias = self.modalities.map(|m| View::from_slice(bias, [b, hq, m, m]));
+        problem.key_range = self.key_range.as_ref();
+        problem.causal = self.causal;
+        problem.scale = self.scale.map_or(problem.scale, T::Acc::from_f64);
+        problem.combine = self.combine;
+        problem.validated().map_err(wrapped)
     }
 
     fn forward<T: Number>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Result<(CpuStorage, Shape)> {
@@ -189,7 +182,9 @@ impl Operator {
             out: ViewMut::from_slice(&mut out, [b, hq, nq, d]),
             logsumexp: ViewMut::from_slice(&mut logsumexp, [b, hq, softmaxes, nq]),
             parts: parts.as_mut().map(|parts| ViewMut::from_slice(parts, [b, hq, 2, nq, d])),
-            mass: mass.as_mut().map(|mass| ViewMut::from_slice(mass, [b, hq, nq, 3])),
+            mass: mass
+                .as_mut()
+                .map(|mass| Mass { by: MassBy::Relation, values: ViewMut::from_slice(mass, [b, hq, nq, 3]) }),
         };
         op::modular_attention(&problem, &mut outputs, get_num_threads()).map_err(wrapped)?;
         let stored = |values: Vec<T::Acc>| result(values, ()).0;
