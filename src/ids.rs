@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn a_slice_must_have_the_shape_and_known_ids() {
         let message = |ids: &[i32], shape| Ids::new(ids, shape).unwrap_err().to_string();
-        assert!(message(&[0, 1, 1], [2, 2]).starts_with("modality has shape (3)"), "{}", message(&[0, 1, 1], [2, 2]));
+        assert!(message(&[0, 1, 1], [2, 2]).starts_with("modality has shape (3,)"), "{}", message(&[0, 1, 1], [2, 2]));
         assert!(message(&[0, 1, -2, 1], [2, 2]).starts_with("modality[1, 0] is -2"));
         assert!(Ids::new(&[0, 256], [1, 2]).is_err() && Ids::new(&[], [0, 5]).is_ok());
     }
