@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find src python -name '*.rs' -o -name '*.py' -o -name '*.pyi') Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: build demo test check fix bench clean
+.PHONY: build demo test test-transformers check fix bench clean
 
 build: $(VENV)/.wheel
 
@@ -27,13 +27,36 @@ demo: build
 
 test: build
 	cargo test --locked --no-default-features
+	cargo test --locked --features candle --test candle
+	cargo test --locked --features candle --doc
 	$(BIN)/python -m pytest -q
+
+# Other releases of transformers, each in a thin environment over .venv: it holds only what that release wants otherwise.
+RELEASES := 4.57.6 5.17.0
+RELEASE_TESTS := $(addprefix tests/python/test_hf_,models.py structure.py patch.py generate.py io.py)
+
+PURELIB := "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+$(VENV)-%/.ready: $(VENV)/.libraries
+	rm -rf $(@D)
+	$(PYTHON) -m venv --without-pip $(@D)
+	$(BIN)/python -c $(PURELIB) > "$$($(@D)/bin/python -c $(PURELIB))/base.pth"
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet transformers==$*
+	touch $@
+
+# The release that the original LLaVA and Cambrian-1 code pins; its tokenizers has wheels up to Python 3.12.
+LEGACY := 4.37.2
+
+test-transformers: build $(RELEASES:%=$(VENV)-%/.ready) $(VENV)-$(LEGACY)/.ready
+	for release in $(RELEASES); do $(VENV)-$$release/bin/python -m pytest -q -rs $(RELEASE_TESTS) || exit 1; done
+	$(VENV)-$(LEGACY)/bin/python -m pytest -q -rs tests/python/test_legacy.py
 
 check: build
 	cargo fmt --check
-	cargo clippy --locked --no-default-features --all-targets -- -D warnings
+	cargo clippy --locked --no-default-features -- -D warnings
+	cargo clippy --locked --features candle --all-targets -- -D warnings
 	cargo clippy --locked --features python -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-default-features --no-deps --quiet
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --features candle --no-deps --quiet
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -44,8 +67,9 @@ fix:
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Every row that has a goal, about ten minutes; `cargo bench` times the kernels one by one.
 bench: build
-	$(BIN)/moda-attn bench
+	$(BIN)/moda-attn bench --record .bench
 
 clean:
-	rm -rf target $(VENV) .demo
+	rm -rf target $(VENV) $(VENV)-* .demo .bench

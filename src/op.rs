@@ -12,6 +12,7 @@ use crate::problem::{
 };
 use crate::spec;
 use crate::view::{View, ViewMut};
+use std::time::Duration;
 
 /// Where results go must have exactly their shape.
 fn fits<const R: usize>(argument: &'static str, given: [usize; R], wanted: [usize; R]) -> Result<()> {
@@ -145,4 +146,10 @@ pub fn pseudo_sink_backward<R: Real>(
     fits("d base", base.shape(), problem.decay.shape())?;
     spec::mask::pseudo_sink_backward(problem, sink_gradient, decay, base);
     Ok(())
+}
+
+/// Floating point operations a second of a register loop of the products that [`modular_attention`] on this dtype is made
+/// of: what its speed is measured against.
+pub fn product_rate<T: CpuElement>(threads: usize, duration: Duration) -> Result<f64> {
+    Ok(T::product_rate(exec(threads)?, duration))
 }

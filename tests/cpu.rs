@@ -9,6 +9,7 @@ use common::{
 use half::{bf16, f16};
 use moda_attn::cpu::{CpuElement, Exec};
 use moda_attn::dispatch::Isa;
+use moda_attn::problem::Combine;
 use moda_attn::range::KeyRanges;
 
 /// Random cases of a few tokens for every instruction set.
@@ -89,6 +90,27 @@ fn long<T: CpuElement>() {
     }
 }
 
+/// Few queries over keys enough to be cut: a decoding step, and a few tokens at once.
+fn few<T: CpuElement>() {
+    for seed in 0..4 {
+        let rng = &mut Rng::new(seed);
+        let options = few_queries(rng, seed);
+        let attend = AttendCase::<T>::new(rng, options);
+        for isa in available() {
+            let exec = Exec { isa, threads: 2 };
+            check_attend(exec, &attend);
+        }
+    }
+}
+
+fn few_queries(rng: &mut Rng, seed: u64) -> AttendOptions {
+    let mut options = AttendOptions::random(rng);
+    (options.batch, options.heads, options.key_heads, options.keys) = (1, 4, 1, 1100);
+    options.queries = [1, 3, 1, 2][seed as usize % 4];
+    options.combine = [Combine::Joint, Combine::Split][seed as usize / 2 % 2];
+    options
+}
+
 /// Ranges that begin and end inside key blocks, over several of them.
 fn ranged<T: CpuElement>() {
     for (seed, (ranges, causal)) in Ranges::ALL.into_iter().flat_map(|r| [(r, true), (r, false)]).enumerate() {
@@ -160,24 +182,28 @@ fn ranges_that_say_what_is_so_anyway_change_nothing() {
 fn float64_matches_the_specification() {
     small::<f64>();
     long::<f64>();
+    few::<f64>();
 }
 
 #[test]
 fn float32_matches_the_specification() {
     small::<f32>();
     long::<f32>();
+    few::<f32>();
 }
 
 #[test]
 fn bfloat16_matches_the_specification() {
     small::<bf16>();
     long::<bf16>();
+    few::<bf16>();
 }
 
 #[test]
 fn float16_matches_the_specification() {
     small::<f16>();
     long::<f16>();
+    few::<f16>();
 }
 
 #[test]
@@ -187,6 +213,9 @@ fn the_result_does_not_depend_on_the_number_of_threads() {
             let rng = &mut Rng::new(seed);
             let mut options = AttendOptions::random(rng);
             (options.heads, options.key_heads, options.keys) = ([4, 6, 8][seed as usize % 3], 2, 200);
+            if seed % 5 == 0 {
+                options = few_queries(rng, seed);
+            }
             let attend = AttendCase::<f32>::new(rng, options);
             let align = AlignCase::<f32>::random(rng);
             let run = |threads| {

@@ -9,6 +9,7 @@ mod buffer;
 pub mod isa;
 pub mod kernel;
 pub mod parallel;
+mod rate;
 mod real;
 pub mod simd;
 
@@ -21,6 +22,7 @@ use crate::problem::{
 use half::{bf16, f16};
 pub use isa::Isa;
 pub use real::CpuReal;
+use std::time::Duration;
 
 /// Calls a generic function with the token of the instruction set that `exec` names; the machine must have it, which
 /// dispatch sees to.
@@ -81,6 +83,9 @@ pub trait CpuElement: Element<Acc: CpuReal> {
         upstream: &AttendUpstream<'_, Self>,
         gradients: &mut AttendGradients<'_, Self>,
     ) -> Result<()>;
+
+    /// Floating point operations a second of a register loop of the products that attention on this dtype is made of.
+    fn product_rate(exec: Exec, duration: Duration) -> f64;
 }
 
 macro_rules! cpu_element {
@@ -110,6 +115,10 @@ macro_rules! cpu_element {
                 gradients: &mut AttendGradients<'_, Self>,
             ) -> Result<()> {
                 attend::backward(exec, problem, upstream, gradients)
+            }
+
+            fn product_rate(exec: Exec, duration: Duration) -> f64 {
+                with_token!(exec, <$type as Element>::Acc, s => rate::rate(s, exec, duration))
             }
         })*
     };

@@ -56,6 +56,28 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn sum(self, a: Self::Vector) -> Self::Real;
     /// Largest lane (of numbers).
     fn largest(self, a: Self::Vector) -> Self::Real;
+    /// Transposes `LANES` registers as the rows of a square.
+    fn transpose(self, rows: &mut [Self::Vector]);
+    /// Lane l is the sum of register l, of `LANES` registers: much cheaper than a `sum` of each.
+    #[inline(always)]
+    fn sum_each(self, registers: &[Self::Vector]) -> Self::Vector {
+        let mut columns = [self.zero(); 16];
+        let columns = &mut columns[..Self::LANES];
+        columns.copy_from_slice(&registers[..Self::LANES]);
+        self.transpose(columns);
+        let mut half = Self::LANES / 2;
+        while half > 0 {
+            for l in 0..half {
+                columns[l] = self.add(columns[l], columns[l + half]);
+            }
+            half /= 2;
+        }
+        columns[0]
+    }
+
+    /// Asks for the cache line at an address, which need not be readable: a hint.
+    #[inline(always)]
+    fn prefetch<T>(self, _: *const T) {}
 
     // Contract of the pointer methods: `LANES` elements from `pointer` on are readable (writable), any alignment.
 

@@ -26,15 +26,15 @@ struct Inputs<'a> {
 }
 
 /// What must be converted before a problem can borrow it.
-struct Converted<R> {
+struct Converted<'a, R> {
     modality: Ids,
     sources: Ids,
-    keep: Table<R, 3>,
-    mix: Table<R, 3>,
+    keep: Table<'a, R, 3>,
+    mix: Table<'a, R, 3>,
 }
 
-impl Inputs<'_> {
-    fn convert<T: Element>(&self) -> Result<Converted<T::Acc>> {
+impl<'a> Inputs<'a> {
+    fn convert<T: Element>(&self) -> Result<Converted<'a, T::Acc>> {
         let [b, _, n, d] = self.key.typed::<T, 4>("key", "(B, Hkv, Nk, D)")?.shape();
         let keep = Table::square::<T>("keep", self.keep, d)?;
         let mix = Table::square::<T>("mix", self.mix, d)?;
@@ -43,7 +43,7 @@ impl Inputs<'_> {
         Ok(Converted { modality, sources, keep, mix })
     }
 
-    fn problem<'s, T: Element>(&'s self, converted: &'s Converted<T::Acc>) -> Result<AlignProblem<'s, T>> {
+    fn problem<'s, T: Element>(&'s self, converted: &'s Converted<'s, T::Acc>) -> Result<AlignProblem<'s, T>> {
         AlignProblem {
             key: self.key.typed("key", "(B, Hkv, Nk, D)")?,
             value: self.value.typed("value", "(B, Hkv, Nk, D)")?,

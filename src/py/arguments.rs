@@ -3,7 +3,7 @@
 use crate::dtype::{DType, Element, Real, Scalar};
 use crate::error::{Error, Result};
 use crate::ids::{Ids, MAX_MODALITIES};
-use crate::layout::{count, for_each_index, print_shape};
+use crate::layout::{contiguous_strides, count, for_each_index, print_shape};
 use crate::range::KeyRanges;
 use crate::view::{RawView, View, ViewMut};
 
@@ -70,19 +70,19 @@ pub(super) fn reserve<T>(length: usize, what: &'static str) -> Result<Vec<T>> {
     Ok(vector)
 }
 
-/// Numbers copied into the type the arithmetic runs in, row-major.
+/// A parameter in the type the arithmetic runs in: as it lies, or widened into a row-major copy.
 #[derive(Debug)]
-pub(super) struct Table<R, const N: usize> {
-    shape: [usize; N],
-    numbers: Vec<R>,
+pub(super) enum Table<'a, R, const N: usize> {
+    Lent(View<'a, R, N>),
+    Widened { shape: [usize; N], numbers: Vec<R> },
 }
 
-impl<R: Real> Table<R, 3> {
+impl<'a, R: Real> Table<'a, R, 3> {
     /// Reads a parameter (M, D, D) stored in float32, in the key's dtype `T` or in the type of the arithmetic. Its shape
     /// is checked before it is read: a broadcast view may claim any size.
     pub(super) fn square<T: Element<Acc = R>>(
         argument: &'static str,
-        tensor: &RawView<'_>,
+        tensor: &RawView<'a>,
         dim: usize,
     ) -> Result<Self> {
         if !matches!(tensor.shape(), &[m, rows, columns] if m <= MAX_MODALITIES && [rows, columns] == [dim, dim]) {
@@ -93,9 +93,10 @@ impl<R: Real> Table<R, 3> {
     }
 }
 
-impl<R: Real, const N: usize> Table<R, N> {
-    fn read<T: Element<Acc = R>>(argument: &'static str, tensor: &RawView<'_>, meaning: &str) -> Result<Self> {
+impl<'a, R: Real, const N: usize> Table<'a, R, N> {
+    fn read<T: Element<Acc = R>>(argument: &'static str, tensor: &RawView<'a>, meaning: &str) -> Result<Self> {
         match tensor.dtype() {
+            dtype if dtype == R::DTYPE => Ok(Self::Lent(tensor.typed(argument, meaning)?)),
             dtype if dtype == T::DTYPE => Self::widen::<T>(argument, tensor, meaning),
             DType::Float32 => Self::widen::<f32>(argument, tensor, meaning),
             other => {
@@ -113,13 +114,23 @@ impl<R: Real, const N: usize> Table<R, N> {
         let shape = view.shape();
         let length = shape.iter().product();
         let mut numbers = reserve(length, "a widened parameter")?;
-        for_each_index(shape, |index| numbers.push(R::from_f64(view.get(index).widen().to_f64())));
-        Ok(Self { shape, numbers })
+        let widen = |number: S| R::from_f64(number.widen().to_f64());
+        if view.strides() == contiguous_strides(shape) && length > 0 {
+            // SAFETY: a contiguous tensor of this many numbers.
+            let lying = unsafe { std::slice::from_raw_parts(view.pointer_at([0; N]), length) };
+            numbers.extend(lying.iter().map(|&number| widen(number)));
+        } else {
+            for_each_index(shape, |index| numbers.push(widen(view.get(index))));
+        }
+        Ok(Self::Widened { shape, numbers })
     }
 
     /// The numbers as a view.
     pub(super) fn view(&self) -> View<'_, R, N> {
-        View::from_slice(&self.numbers, self.shape)
+        match self {
+            Self::Lent(view) => *view,
+            Self::Widened { shape, numbers } => View::from_slice(numbers, *shape),
+        }
     }
 }
 

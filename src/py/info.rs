@@ -1,11 +1,16 @@
 //! What this build is, what it would run, and what it can raise.
 
+use super::call::compute;
 use super::error::class_name;
 use crate::dispatch::{self, Isa};
 use crate::error::Error;
+use crate::op;
+use half::{bf16, f16};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
+use std::fmt::Debug;
 use std::thread;
+use std::time::Duration;
 
 fn processors() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
@@ -59,6 +64,26 @@ pub(super) fn explain() -> String {
         format!("threads           torch.get_num_threads() a call, at most useful: {} processors", processors()),
     ]
     .join("\n")
+}
+
+/// Floating point operations a second of a register loop of the products that attention on a dtype is made of, run for
+/// so many seconds on so many threads: what benchmarks measure the kernels against.
+#[pyfunction]
+pub(super) fn _product_rate(py: Python<'_>, dtype: &str, threads: usize, seconds: f64) -> PyResult<f64> {
+    let rate = match dtype {
+        "float32" => op::product_rate::<f32>,
+        "float64" => op::product_rate::<f64>,
+        "bfloat16" => op::product_rate::<bf16>,
+        "float16" => op::product_rate::<f16>,
+        _ => return Err(unknown("dtype", dtype, "float16, bfloat16, float32 or float64").into()),
+    };
+    let duration = Duration::try_from_secs_f64(seconds);
+    let duration = duration.map_err(|_| unknown("seconds", seconds, "a number of seconds >= 0"))?;
+    compute(py, || rate(threads, duration))
+}
+
+fn unknown(argument: &'static str, given: impl Debug, wanted: &str) -> Error {
+    Error::Option { argument, given: format!("{given:?}"), wanted: wanted.to_owned() }
 }
 
 /// Every error the extension can raise: its name, the class of `moda_attn.errors` and the form of its message.

@@ -22,7 +22,7 @@ mod _native {
     #[pymodule_export]
     use super::attend::{attend_backward, attend_forward};
     #[pymodule_export]
-    use super::info::{build_info, explain, list_errors};
+    use super::info::{_product_rate, build_info, explain, list_errors};
     #[pymodule_export]
     use super::sink::{sink_backward, sink_forward};
     #[pymodule_export]

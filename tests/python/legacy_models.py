@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib
 import importlib.util
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -338,6 +339,33 @@ def _template(name: str, implementation: str, pad: str) -> nn.Module:
 def build(name: str, implementation: str = "sdpa", pad: str = "right") -> nn.Module:
     """A fresh copy of a tiny model in evaluation mode; always the same weights."""
     return copy.deepcopy(_template(name, implementation, pad))
+
+
+def fake_cambrian() -> dict[str, types.ModuleType]:
+    """What the page about Cambrian imports, around the stand-in with its signatures."""
+
+    def load_pretrained_model(path: str, base: str | None, name: str, device: str = "cuda") -> tuple:
+        return None, build("cambrian-standin"), None, 2048
+
+    def process_images(images: list, processor: None, config: Any) -> list[Tensor]:
+        return [_pixels(len(images), 3, 8, 8)]
+
+    def tokenizer_image_token(prompt: str, tokenizer: None, image: int, return_tensors: str) -> Tensor:
+        start, end = prompt.split("<image>")
+        ids = [*(2 + ord(letter) % 60 for letter in start), image, *(2 + ord(letter) % 60 for letter in end)]
+        return torch.tensor([1, *ids])
+
+    contents = {
+        "cambrian": {},
+        "cambrian.constants": {"IMAGE_TOKEN_INDEX": IMAGE},
+        "cambrian.mm_utils": {"process_images": process_images, "tokenizer_image_token": tokenizer_image_token},
+        "cambrian.model": {},
+        "cambrian.model.builder": {"load_pretrained_model": load_pretrained_model},
+    }
+    modules = {name: types.ModuleType(name) for name in contents}
+    for name, content in contents.items():
+        vars(modules[name]).update(content)
+    return modules
 
 
 def inputs(name: str, rows: list[str], pad: str = "right") -> dict[str, Any]:

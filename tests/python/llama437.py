@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+class Output(SimpleNamespace):
+    """What a model returns: attributes, and the first of them by index."""
+
+    def __getitem__(self, index: int) -> Any:
+        return list(vars(self).values())[index]
+
+
 @dataclass
 class LlamaConfig:
     vocab_size: int
@@ -148,6 +155,11 @@ class LlamaSdpaAttention(LlamaAttention):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask), None
 
 
+class LlamaFlashAttention2(LlamaAttention):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        raise RuntimeError("FlashAttention needs a GPU")
+
+
 class LlamaDecoderLayer(nn.Module):
     def __init__(self, config: LlamaConfig, layer_idx: int):
         super().__init__()
@@ -204,7 +216,7 @@ class LlamaModel(nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> SimpleNamespace:
+    ) -> Output:
         use_cache = self.config.use_cache if use_cache is None else use_cache
         checkpointing = self.gradient_checkpointing and self.training
         use_cache = use_cache and not checkpointing
@@ -236,7 +248,7 @@ class LlamaModel(nn.Module):
             if use_cache:
                 past_key_values = out[-1]
         cache = past_key_values if use_cache else None
-        return SimpleNamespace(
+        return Output(
             last_hidden_state=self.norm(hidden),
             past_key_values=cache.to_legacy_cache() if as_tuples else cache,
             attentions=tuple(weights),
@@ -285,7 +297,7 @@ class LlamaForCausalLM(nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> SimpleNamespace:
+    ) -> Output:
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -66,7 +66,7 @@ def one_shot(model: nn.Module, x: dict[str, Tensor], tokens: Tensor) -> Tensor:
     return logits(model, whole)[:, x["input_ids"].shape[1] - 1 : -1]
 
 
-def generated(model: nn.Module, x: dict[str, Tensor], steps: int = 4) -> tuple[Tensor, Tensor]:
+def generated(model: nn.Module, x: dict[str, Tensor], steps: int = 4, **options) -> tuple[Tensor, Tensor]:
     """Greedy continuation and the logits it was chosen from."""
     out = model.generate(
         **x,
@@ -76,6 +76,7 @@ def generated(model: nn.Module, x: dict[str, Tensor], steps: int = 4) -> tuple[T
         return_dict_in_generate=True,
         # A one-shot forward would take a generated placeholder for an image's.
         suppress_tokens=list(range(tiny.TEXT_END, tiny.VOCABULARY)),
+        **options,
     )
     return out.sequences[:, x["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
 

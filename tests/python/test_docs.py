@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
+import legacy_models
 import moda_attn
 from moda_attn import config, errors
 
@@ -35,7 +37,8 @@ WITH_PYTHON = [name for name, code in SCRIPTS.items() if code.strip()]
 
 
 def test_pages_with_snippets_were_found():
-    assert {f"docs/{name}.md" for name in ("method", "patching", "models", "balance", "errors")} <= set(WITH_PYTHON)
+    names = ("method", "patching", "models", "fine-tune", "save-and-resume", "cambrian", "balance", "errors")
+    assert {f"docs/{name}.md" for name in names} <= set(WITH_PYTHON)
 
 
 def refuse_network(_: socket.socket, address: object) -> None:
@@ -47,6 +50,9 @@ def test_the_snippets_of_a_page_run_as_one_script(name: str, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     # The models are made from their configuration: a page that would download one fails here.
     monkeypatch.setattr(socket.socket, "connect", refuse_network)
+    if name == "docs/cambrian.md":
+        for path, module in legacy_models.fake_cambrian().items():
+            monkeypatch.setitem(sys.modules, path, module)
     exec(compile(SCRIPTS[name], str(ROOT / name), "exec"), {"__name__": "__main__"})
 
 

@@ -10,11 +10,18 @@ import matrix
 import tiny
 from moda_attn.hf import seam
 
+#: Before transformers 5 these two make their masks themselves, in a form that our kernel refuses.
+MASKS_OF_THEIR_OWN = ("paligemma", "mllama") if tiny.RELEASE < (5, 0) else ()
+
 
 @pytest.mark.parametrize("feature", matrix.FEATURES)
 @pytest.mark.parametrize("family", tiny.ALL)
 def test_model(family: str, feature: str):
-    assert matrix.outcome(family, feature) in ("yes", "-")
+    outcome = matrix.outcome(family, feature)
+    if feature == "own kernel" and family in MASKS_OF_THEIR_OWN:
+        assert outcome.startswith("refused: a 4-D attention mask")
+    else:
+        assert outcome in ("yes", "-")
 
 
 @pytest.mark.parametrize("family", tiny.ALL)
@@ -40,6 +47,7 @@ def test_attending_to_padding_would_be_noticed(family: str):
     assert matrix.difference(unmasked[real], together[real]) > 100 * matrix.TOLERANCE
 
 
+@pytest.mark.skipif(tiny.RELEASE < (5, 18), reason="the page tells of the newest releases of transformers")
 def test_the_table_on_the_page_is_what_the_features_give():
     """`python tests/python/matrix.py` writes it anew."""
     text = matrix.PAGE.read_text(encoding="utf-8")

@@ -10,9 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from perturb import randomise
-from tiny_families import BUILDERS, IMAGE, PAD, TEXT_END, VIDEO, VIDEO_START, VOCABULARY
+from tiny_families import BUILDERS, IMAGE, PAD, RELEASE, TEXT_END, VIDEO, VIDEO_START, VOCABULARY
 
-__all__ = ["BUILDERS", "IMAGE", "PAD", "TEXT_END", "VIDEO", "VOCABULARY", "build", "inputs", "modality", "randomise"]
+__all__ = [
+    "BUILDERS",
+    "IMAGE",
+    "PAD",
+    "RELEASE",
+    "TEXT_END",
+    "VIDEO",
+    "VOCABULARY",
+    "build",
+    "inputs",
+    "modality",
+    "randomise",
+]
 
 #: What most tests run on; those of every family run on ALL.
 FAMILIES = ("llava-llama", "llava-mistral", "llava-next-llama", "llava-next-mistral")

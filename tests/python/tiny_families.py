@@ -10,6 +10,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+#: Of transformers: (major, minor).
+RELEASE = tuple(map(int, hf.__version__.split(".")[:2]))
 PAD, TEXT_END = 0, 56
 START, END, VIDEO_START, VIDEO_END, VIDEO, IMAGE, VOCABULARY = 58, 59, 60, 61, 62, 63, 64
 
@@ -167,7 +169,7 @@ MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000
 
 def _text_of(config: type, **options: Any) -> Any:
     """With multimodal rotary embedding, under the name that this release of transformers reads."""
-    name = "rope_parameters" if int(hf.__version__.split(".")[0]) >= 5 else "rope_scaling"
+    name = "rope_parameters" if RELEASE >= (5, 0) else "rope_scaling"
     return config(**(TEXT | options), **{name: dict(MROPE)})
 
 
@@ -326,7 +328,7 @@ def _mllama() -> nn.Module:
         "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
     }
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    name = "rope_parameters" if int(hf.__version__.split(".")[0]) >= 5 else "rope_scaling"
+    name = "rope_parameters" if RELEASE >= (5, 0) else "rope_scaling"
     text = hf.models.mllama.configuration_mllama.MllamaTextConfig(
         **(TEXT | {"num_hidden_layers": 4}), cross_attention_layers=[1], tie_word_embeddings=False, **{name: rope}
     )
@@ -345,9 +347,7 @@ def _mllama_pixels(counts: list[int], generators: list[torch.Generator]) -> dict
 
 
 def _aya_vision() -> nn.Module:
-    text = hf.Cohere2Config(
-        **TEXT, head_dim=8, sliding_window=6, layer_types=["sliding_attention"] * 2 + ["full_attention"]
-    )
+    text = hf.Cohere2Config(**TEXT, head_dim=8, sliding_window=6, layer_types=WINDOWS, tie_word_embeddings=False)
     config = hf.AyaVisionConfig(
         vision_config=hf.SiglipVisionConfig(**(VISION | {"patch_size": 2}), vision_use_head=False),
         text_config=text,

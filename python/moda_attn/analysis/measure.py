@@ -43,7 +43,7 @@ def attention_balance(model: nn.Module, **inputs: Any) -> BalanceReport:
     if any(len(recorder.layers[index]) != 1 for index in layers):
         raise ModaRuntimeError("a layer recorded several calls in one forward pass; use_cache and chunking must be off")
     entries = [recorder.layers[index][0] for index in layers]
-    labels = inputs.get("labels")
+    labels = inputs.get("labels") if recorder.labels is None else recorder.labels
     return balance_of_masses(
         [entry.mass.double().cpu().numpy() for entry in entries],
         entries[0].query_modality.cpu().numpy(),

@@ -1,5 +1,5 @@
 """``moda-attn bench``: the full operator against what stock PyTorch offers, side by side in one process."""
 
-from .race import main
+from .run import main
 
 __all__ = ["main"]

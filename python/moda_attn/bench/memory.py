@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from ..errors import ModaRuntimeError
-from .peers import make_inputs, moda_attn
+from .peers import PEERS, make_inputs
+
+MIB = 1 << 20
 
 
-def peak_memory(shape: str) -> dict[str, float]:
-    """MiB that forward and backward need above their inputs; once a process, as its peak never falls."""
-    inputs = make_inputs(tuple(int(size) for size in shape.split(",")), torch.float32, backward=True)
-    small = make_inputs((1, 4, 1, 32, inputs.query.shape[-1]), torch.float32, backward=True)
-    moda_attn(small).backward(small.upstream)  # libraries and threads are up
-    before = _peak_kib()
-    moda_attn(inputs).backward(inputs.upstream)
-    return {"mib": round((_peak_kib() - before) / 1024, 1)}
+def peak_memory(peer: str, shape: tuple[int, ...], threads: int) -> float:
+    """MiB that float32 forward and backward of a peer need above their inputs; once a process, as its peak never
+    falls."""
+    torch.set_num_threads(threads)
+    inputs = make_inputs(shape, torch.float32, backward=True)
+    small = make_inputs((1, 4, 1, 32, shape[-1]), torch.float32, backward=True)
+    PEERS[peer](small).backward(small.upstream)  # libraries and threads are up
+    before = _peak()
+    PEERS[peer](inputs).backward(inputs.upstream)
+    return (_peak() - before) / MIB
 
 
-def peak_memory_in_a_fresh_process(shape: str) -> dict[str, float]:
-    """The same in a child, whose peak is its own."""
-    command = [sys.executable, "-m", "moda_attn.cli", "bench", "--peak-of", shape]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def results(shape: tuple[int, ...]) -> float:
+    """MiB of what the operators must hold at the end of attention's backward: their results.
+
+    That is the output with its logsumexp, the aligned keys, and the gradients of query, aligned key, value and sink.
+    """
+    batch, query_heads, key_heads, tokens, dim = shape
+    rows = 2 * query_heads * dim + 3 * key_heads * dim + 2 * query_heads
+    return 4 * batch * tokens * rows / MIB
 
 
-def _peak_kib() -> int:
-    """Largest resident memory of this process so far. Not getrusage's: on Linux that begins at the parent's peak."""
+def _peak() -> int:
+    """Most resident bytes of this process so far. Not getrusage's: on Linux that begins at the parent's peak."""
     status = Path("/proc/self/status")
     if not status.exists():
         raise ModaRuntimeError("peak memory is read from /proc/self/status, which this system lacks")
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(fields["VmHWM"].split()[0])
+    return 1024 * int(fields["VmHWM"].split()[0])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,9 +37,14 @@ class Inputs:
     upstream: Tensor
 
     @property
-    def leaves(self) -> tuple[Tensor, ...]:
+    def named_leaves(self) -> dict[str, Tensor]:
         """What gets a gradient."""
-        return self.query, self.key, self.value, self.keep, self.mix, self.sink, self.bias
+        return {name: getattr(self, name) for name in ("query", "key", "value", "keep", "mix", "sink", "bias")}
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The same without their names."""
+        return tuple(self.named_leaves.values())
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same numbers in another dtype, as leaves of their own (tables stay float32 below it)."""
@@ -115,7 +120,8 @@ def eager_moda(x: Inputs) -> Tensor:
     return weights.to(value.dtype) @ value
 
 
-PEERS: dict[str, Callable[[Inputs], Tensor]] = {
+Peer: TypeAlias = Callable[[Inputs], Tensor]
+PEERS: dict[str, Peer] = {
     "sdpa": sdpa,
     "sdpa_moda": sdpa_moda,
     "eager_moda": eager_moda,

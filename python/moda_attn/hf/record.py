@@ -29,9 +29,11 @@ class MassRecorder:
 
     Attributes:
         layers: layer index -> one entry for each forward call (`generate` makes many).
+        labels: (B, n) of the last call, where the model itself merges them with the positions of images; else None.
     """
 
     layers: dict[int, list[LayerMass]] = field(default_factory=lambda: defaultdict(list))
+    labels: Tensor | None = None
 
     def add(self, layer: int, mass: Tensor, query_modality: Tensor) -> None:
         """Called by the attention function."""

@@ -34,7 +34,7 @@ where
     let sizes = Sizes::new(s, problem);
     let heads = sizes.batch * sizes.heads;
     let tasks = heads.min(TASKS);
-    let parameters = Parameters::new(problem, &sizes)?;
+    let parameters = Parameters::new(s, problem, &sizes)?;
     let all = sizes.modalities * sizes.square();
     let partial = Partial { sums: Buffer::new(tasks * 2 * all, "partial gradients of keep and mix")?, size: all };
     {
@@ -82,14 +82,18 @@ struct Parameters<R: Real> {
 }
 
 impl<R: CpuReal> Parameters<R> {
-    fn new<T: Element<Acc = R>>(problem: &AlignProblem<'_, T>, sizes: &Sizes) -> Result<Self> {
+    fn new<S, T>(s: S, problem: &AlignProblem<'_, T>, sizes: &Sizes) -> Result<Self>
+    where
+        S: Simd<Real = R>,
+        T: Element<Acc = R>,
+    {
         let squares = || sizes.squares("packed parameters");
         let (mut keep, mut mix, mut keep_transposed, mut mix_transposed) =
             (squares()?, squares()?, squares()?, squares()?);
         tiles(&problem.keep, sizes, &mut keep);
         tiles(&problem.mix, sizes, &mut mix);
-        transposed(sizes, &keep, &mut keep_transposed);
-        transposed(sizes, &mix, &mut mix_transposed);
+        transposed(s, sizes, &keep, &mut keep_transposed);
+        transposed(s, sizes, &mix, &mut mix_transposed);
         Ok(Self { keep_transposed, mix, mix_transposed })
     }
 }
@@ -186,16 +190,17 @@ impl<'a, S: Simd, T: Element<Acc = S::Real>> Worker<'a, S, T> {
         normalise(s, &sizes, &mut self.bases, &mut self.norms);
         self.d_maps.fill(S::Real::ZERO);
         self.d_bases.fill(S::Real::ZERO);
-        for a in 0..sizes.modalities {
+        let ids = problem.modality.row(head[0]);
+        for a in (0..sizes.modalities).filter(|&a| ids.contains(&(a as i32))) {
             let at = a * sizes.square();
             sum_of_others(s, &sizes, &self.bases, a, &mut self.others);
             mixed(s, &sizes, (&self.others, &raw const self.parameters.mix[at]), &raw mut self.maps[at]);
             self.tokens_of(head, a as i32, Pass::Maps(d_keep));
             self.through_map(a, d_mix);
         }
-        transposed(&sizes, &self.maps, &mut self.maps_transposed);
+        transposed(s, &sizes, &self.maps, &mut self.maps_transposed);
         self.through_norm(head);
-        transposed(&sizes, &self.d_bases, &mut self.d_bases_transposed);
+        transposed(s, &sizes, &self.d_bases, &mut self.d_bases_transposed);
         for a in PADDING..sizes.modalities as i32 {
             self.tokens_of(head, a, Pass::Tokens);
         }

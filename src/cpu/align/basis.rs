@@ -6,7 +6,7 @@ use super::TOKENS;
 use crate::cpu::buffer::Buffer;
 use crate::cpu::kernel::gemm::{Left, Right, Size, Target, gemm};
 use crate::cpu::kernel::pack;
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Simd, Task};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
 use crate::problem::{AlignProblem, Basis};
@@ -87,13 +87,42 @@ pub(super) fn tiles<R: Real>(view: &View<'_, R, 3>, sizes: &Sizes, tiles: &mut B
     }
 }
 
-/// The transpose of every square tile.
-pub(super) fn transposed<R: Real>(sizes: &Sizes, source: &Buffer<R>, target: &mut Buffer<R>) {
-    for m in 0..sizes.modalities {
-        let (source, target) = (&source[m * sizes.square()..], &mut target[m * sizes.square()..]);
-        for r in 0..sizes.depth {
-            for c in 0..sizes.depth {
-                target[c * sizes.stride + r] = source[r * sizes.stride + c];
+/// The transpose of every square tile; a function of its own.
+pub(super) fn transposed<S: Simd>(s: S, sizes: &Sizes, source: &Buffer<S::Real>, target: &mut Buffer<S::Real>) {
+    s.vectorize(Transposed { s, sizes, source, target });
+}
+
+struct Transposed<'t, S: Simd> {
+    s: S,
+    sizes: &'t Sizes,
+    source: &'t Buffer<S::Real>,
+    target: &'t mut Buffer<S::Real>,
+}
+
+impl<S: Simd> Task for Transposed<'_, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { s, sizes, source, target } = self;
+        for m in 0..sizes.modalities {
+            for r in (0..sizes.depth).step_by(S::LANES) {
+                for c in (0..sizes.depth).step_by(S::LANES) {
+                    let (from, to) =
+                        (m * sizes.square() + r * sizes.stride + c, m * sizes.square() + c * sizes.stride + r);
+                    let (rows, columns) = (S::LANES.min(sizes.depth - r), S::LANES.min(sizes.depth - c));
+                    let mut square = [s.zero(); 16];
+                    // SAFETY: rows below D of tile m; a tile's row holds D in whole registers, zero past D.
+                    unsafe {
+                        for (l, row) in square.iter_mut().enumerate().take(rows) {
+                            *row = s.load(source.as_ptr().add(from + l * sizes.stride));
+                        }
+                        s.transpose(&mut square[..S::LANES]);
+                        for (l, &column) in square.iter().enumerate().take(columns) {
+                            s.store(target.as_mut_ptr().add(to + l * sizes.stride), column);
+                        }
+                    }
+                }
             }
         }
     }

@@ -2,6 +2,7 @@
 
 mod backward;
 mod basis;
+mod few;
 mod forward;
 
 use super::{CpuReal, Exec, with_token};
@@ -17,7 +18,11 @@ pub(super) fn forward<T: Element<Acc: CpuReal>>(
     problem: &AlignProblem<'_, T>,
     outputs: &mut AlignOutputs<'_, T>,
 ) -> Result<()> {
-    with_token!(exec, T::Acc, s => forward::run(s, exec.threads, problem, outputs))
+    with_token!(exec, T::Acc, s => if few::suits(s, problem) {
+        few::run(s, exec.threads, problem, outputs)
+    } else {
+        forward::run(s, exec.threads, problem, outputs)
+    })
 }
 
 pub(super) fn backward<T: Element<Acc: CpuReal>>(

@@ -1,5 +1,6 @@
 //! Forward: online softmax over key blocks, the sink in the running maximum, mass in the same pass.
 
+use super::decode;
 use super::finish::Finish;
 use super::mask::{Block, Content, Part, Tables};
 use super::mass::{Masses, Scored};
@@ -31,12 +32,15 @@ where
     if units == 0 || blocks.is_empty() {
         return Ok(());
     }
+    let mass = outputs.mass.as_ref().map(|mass| mass.by);
+    if decode::suits(&sizes, mass) {
+        return decode::run(s, threads, problem, outputs, sizes);
+    }
     // A task is a share of one key head's row blocks: whole heads where there are enough of them, so that keys are
     // packed once. Rows are independent, so the shares may depend on the threads.
     let shares = if threads == 1 { 1 } else { (4 * threads).div_ceil(units).min(blocks.len()) };
     let tasks = units * shares;
     let outputs = &*outputs;
-    let mass = outputs.mass.as_ref().map(|mass| mass.by);
     let worker = |_| Worker::new(s, problem, sizes, mass);
     let mut workers = (0..threads.min(tasks)).map(worker).collect::<Result<Vec<_>>>()?;
     parallel::run(&mut workers, tasks, |worker, task| {

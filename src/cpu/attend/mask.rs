@@ -66,6 +66,8 @@ pub(super) struct Tables<R: Real> {
     /// 1 where the key is of the query's modality, else 0.
     own: Buffer<R>,
     zeros: Buffer<R>,
+    /// What is added to the score of a key, by modality.
+    numbers: Vec<R>,
     filled: Vec<bool>,
     own_filled: Vec<bool>,
     modalities: usize,
@@ -78,6 +80,7 @@ impl<R: CpuReal> Tables<R> {
             added: Buffer::new(slots * KEYS, "the mask tables of a key block")?,
             own: Buffer::new(sizes.modalities * KEYS, "the modality tables of a key block")?,
             zeros: Buffer::new(KEYS, "an empty mask table")?,
+            numbers: Vec::with_capacity(sizes.modalities + 1),
             filled: vec![false; slots],
             own_filled: vec![false; sizes.modalities],
             modalities: sizes.modalities,
@@ -106,11 +109,19 @@ impl<R: CpuReal> Tables<R> {
         let table = &mut self.added[slot * KEYS..][..KEYS];
         if !std::mem::replace(&mut self.filled[slot], true) {
             let bias = |key: i32| match problem.bias {
+                _ if !keys.part.admits(row.modality, key) => R::NEG_INFINITY,
                 Some(bias) => bias.get([keys.batch, row.head, row.modality as usize, key as usize]) * R::LOG2_E,
                 None => R::ZERO,
             };
-            for (entry, &key) in table.iter_mut().zip(keys.ids) {
-                *entry = if keys.part.admits(row.modality, key) { bias(key) } else { R::NEG_INFINITY };
+            if let Content::Uniform(key) = keys.content {
+                table[..keys.ids.len()].fill(bias(key));
+            } else {
+                // Each modality's number once; padding, id -1, comes first.
+                self.numbers.clear();
+                self.numbers.extend((PADDING..self.modalities as i32).map(bias));
+                for (entry, &key) in table.iter_mut().zip(keys.ids) {
+                    *entry = self.numbers[(key - PADDING) as usize];
+                }
             }
         }
         table.as_ptr()

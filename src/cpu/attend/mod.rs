@@ -1,6 +1,7 @@
 //! Modular masked attention on the CPU: forward and backward over tiles of rows and keys.
 
 mod backward;
+mod decode;
 mod finish;
 mod forward;
 mod mask;

@@ -3,18 +3,20 @@
 use crate::cpu::simd::{Simd, Task};
 use half::{bf16, f16};
 use std::arch::x86_64::{
-    __m128i, __m256, __m256d, _CMP_UNORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_add_pd, _mm_add_ps,
-    _mm_add_sd, _mm_add_ss, _mm_cvtsd_f64, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_pd, _mm_max_ps, _mm_max_sd,
-    _mm_max_ss, _mm_movehl_ps, _mm_packus_epi32, _mm_shuffle_ps, _mm_storeu_si128, _mm_unpackhi_pd, _mm256_add_epi32,
-    _mm256_add_epi64, _mm256_add_pd, _mm256_add_ps, _mm256_and_si256, _mm256_blendv_pd, _mm256_blendv_ps,
-    _mm256_castpd256_pd128, _mm256_castps_si256, _mm256_castps256_ps128, _mm256_castsi256_pd, _mm256_castsi256_ps,
-    _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cmpgt_epi32, _mm256_cmpgt_epi64, _mm256_cvtepi32_epi64,
-    _mm256_cvtepu16_epi32, _mm256_cvtpd_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_cvtps_ph,
-    _mm256_extractf128_pd, _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_pd, _mm256_fmadd_ps,
-    _mm256_loadu_pd, _mm256_loadu_ps, _mm256_max_pd, _mm256_max_ps, _mm256_mul_pd, _mm256_mul_ps, _mm256_or_si256,
-    _mm256_round_pd, _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_set1_pd, _mm256_set1_ps,
-    _mm256_setr_epi32, _mm256_setr_epi64x, _mm256_slli_epi32, _mm256_slli_epi64, _mm256_srli_epi32, _mm256_storeu_pd,
-    _mm256_storeu_ps, _mm256_sub_pd, _mm256_sub_ps,
+    __m128i, __m256, __m256d, _CMP_UNORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _mm_add_pd,
+    _mm_add_ps, _mm_add_sd, _mm_add_ss, _mm_cvtsd_f64, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_pd, _mm_max_ps,
+    _mm_max_sd, _mm_max_ss, _mm_movehl_ps, _mm_packus_epi32, _mm_prefetch, _mm_shuffle_ps, _mm_storeu_si128,
+    _mm_unpackhi_pd, _mm256_add_epi32, _mm256_add_epi64, _mm256_add_pd, _mm256_add_ps, _mm256_and_si256,
+    _mm256_blendv_pd, _mm256_blendv_ps, _mm256_castpd_ps, _mm256_castpd256_pd128, _mm256_castps_pd,
+    _mm256_castps_si256, _mm256_castps256_ps128, _mm256_castsi256_pd, _mm256_castsi256_ps, _mm256_castsi256_si128,
+    _mm256_cmp_ps, _mm256_cmpgt_epi32, _mm256_cmpgt_epi64, _mm256_cvtepi32_epi64, _mm256_cvtepu16_epi32,
+    _mm256_cvtpd_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_cvtps_ph, _mm256_extractf128_pd,
+    _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_pd, _mm256_fmadd_ps, _mm256_loadu_pd,
+    _mm256_loadu_ps, _mm256_max_pd, _mm256_max_ps, _mm256_mul_pd, _mm256_mul_ps, _mm256_or_si256,
+    _mm256_permute2f128_pd, _mm256_permute2f128_ps, _mm256_round_pd, _mm256_round_ps, _mm256_set1_epi32,
+    _mm256_set1_epi64x, _mm256_set1_pd, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setr_epi64x, _mm256_slli_epi32,
+    _mm256_slli_epi64, _mm256_srli_epi32, _mm256_storeu_pd, _mm256_storeu_ps, _mm256_sub_pd, _mm256_sub_ps,
+    _mm256_unpackhi_pd, _mm256_unpackhi_ps, _mm256_unpacklo_pd, _mm256_unpacklo_ps,
 };
 use std::marker::PhantomData;
 
@@ -129,6 +131,34 @@ impl Simd for Avx2<f32> {
         }
     }
     #[inline(always)]
+    fn transpose(self, rows: &mut [__m256]) {
+        let mut other = [self.zero(); 8];
+        unsafe {
+            // Squares of four in every half register, then the halves.
+            for i in (0..8).step_by(2) {
+                other[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+                other[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+            }
+            for i in [0, 4] {
+                let low = [_mm256_castps_pd(other[i]), _mm256_castps_pd(other[i + 2])];
+                let high = [_mm256_castps_pd(other[i + 1]), _mm256_castps_pd(other[i + 3])];
+                rows[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(low[0], low[1]));
+                rows[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low[0], low[1]));
+                rows[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high[0], high[1]));
+                rows[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high[0], high[1]));
+            }
+            other.copy_from_slice(&rows[..8]);
+            for i in 0..4 {
+                rows[i] = _mm256_permute2f128_ps::<0x20>(other[i], other[i + 4]);
+                rows[i + 4] = _mm256_permute2f128_ps::<0x31>(other[i], other[i + 4]);
+            }
+        }
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, pointer: *const T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(pointer.cast()) }
+    }
+    #[inline(always)]
     unsafe fn load(self, pointer: *const f32) -> __m256 {
         unsafe { _mm256_loadu_ps(pointer) }
     }
@@ -238,6 +268,21 @@ impl Simd for Avx2<f64> {
             let two = _mm_max_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd::<1>(a));
             _mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two)))
         }
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &mut [__m256d]) {
+        unsafe {
+            let low = [_mm256_unpacklo_pd(rows[0], rows[1]), _mm256_unpacklo_pd(rows[2], rows[3])];
+            let high = [_mm256_unpackhi_pd(rows[0], rows[1]), _mm256_unpackhi_pd(rows[2], rows[3])];
+            rows[0] = _mm256_permute2f128_pd::<0x20>(low[0], low[1]);
+            rows[1] = _mm256_permute2f128_pd::<0x20>(high[0], high[1]);
+            rows[2] = _mm256_permute2f128_pd::<0x31>(low[0], low[1]);
+            rows[3] = _mm256_permute2f128_pd::<0x31>(high[0], high[1]);
+        }
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, pointer: *const T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(pointer.cast()) }
     }
     #[inline(always)]
     unsafe fn load(self, pointer: *const f64) -> __m256d {

@@ -3,15 +3,16 @@
 use crate::cpu::simd::{Simd, Task};
 use half::{bf16, f16};
 use std::arch::x86_64::{
-    __m256i, __m512, __m512d, __mmask16, _CMP_UNORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
-    _mm256_loadu_si256, _mm256_storeu_si256, _mm512_add_epi32, _mm512_add_pd, _mm512_add_ps, _mm512_and_si512,
-    _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_epi16, _mm512_cvtepu16_epi32,
-    _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd, _mm512_loadu_ps,
-    _mm512_mask_blend_epi32, _mm512_mask_blend_pd, _mm512_mask_blend_ps, _mm512_max_pd, _mm512_max_ps, _mm512_mul_pd,
-    _mm512_mul_ps, _mm512_or_si512, _mm512_reduce_add_pd, _mm512_reduce_add_ps, _mm512_reduce_max_pd,
-    _mm512_reduce_max_ps, _mm512_roundscale_pd, _mm512_roundscale_ps, _mm512_scalef_pd, _mm512_scalef_ps,
-    _mm512_set1_epi32, _mm512_set1_pd, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_pd,
-    _mm512_storeu_ps, _mm512_sub_pd, _mm512_sub_ps,
+    __m256i, __m512, __m512d, __mmask16, _CMP_UNORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0,
+    _mm_prefetch, _mm256_loadu_si256, _mm256_storeu_si256, _mm512_add_epi32, _mm512_add_pd, _mm512_add_ps,
+    _mm512_and_si512, _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask,
+    _mm512_cvtepi32_epi16, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_fmadd_pd, _mm512_fmadd_ps,
+    _mm512_loadu_pd, _mm512_loadu_ps, _mm512_mask_blend_epi32, _mm512_mask_blend_pd, _mm512_mask_blend_ps,
+    _mm512_max_pd, _mm512_max_ps, _mm512_mul_pd, _mm512_mul_ps, _mm512_or_si512, _mm512_reduce_add_pd,
+    _mm512_reduce_add_ps, _mm512_reduce_max_pd, _mm512_reduce_max_ps, _mm512_roundscale_pd, _mm512_roundscale_ps,
+    _mm512_scalef_pd, _mm512_scalef_ps, _mm512_set1_epi32, _mm512_set1_pd, _mm512_set1_ps, _mm512_shuffle_f32x4,
+    _mm512_shuffle_f64x2, _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_pd, _mm512_storeu_ps, _mm512_sub_pd,
+    _mm512_sub_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 use std::marker::PhantomData;
 
@@ -120,6 +121,37 @@ impl Simd for Avx512<f32> {
         unsafe { _mm512_reduce_max_ps(a) }
     }
     #[inline(always)]
+    fn transpose(self, rows: &mut [__m512]) {
+        let mut other = [self.zero(); 16];
+        unsafe {
+            // Squares of four in every quarter register, then the quarters: first of row pairs 4 apart, then 8 apart.
+            for i in (0..16).step_by(2) {
+                other[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+                other[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+            }
+            for i in (0..16).step_by(4) {
+                let low = [_mm512_castps_pd(other[i]), _mm512_castps_pd(other[i + 2])];
+                let high = [_mm512_castps_pd(other[i + 1]), _mm512_castps_pd(other[i + 3])];
+                rows[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low[0], low[1]));
+                rows[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low[0], low[1]));
+                rows[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high[0], high[1]));
+                rows[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high[0], high[1]));
+            }
+            for i in [0, 1, 2, 3, 8, 9, 10, 11] {
+                other[i] = _mm512_shuffle_f32x4::<0x88>(rows[i], rows[i + 4]);
+                other[i + 4] = _mm512_shuffle_f32x4::<0xdd>(rows[i], rows[i + 4]);
+            }
+            for i in 0..8 {
+                rows[i] = _mm512_shuffle_f32x4::<0x88>(other[i], other[i + 8]);
+                rows[i + 8] = _mm512_shuffle_f32x4::<0xdd>(other[i], other[i + 8]);
+            }
+        }
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, pointer: *const T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(pointer.cast()) }
+    }
+    #[inline(always)]
     unsafe fn load(self, pointer: *const f32) -> __m512 {
         unsafe { _mm512_loadu_ps(pointer) }
     }
@@ -211,6 +243,29 @@ impl Simd for Avx512<f64> {
     #[inline(always)]
     fn largest(self, a: __m512d) -> f64 {
         unsafe { _mm512_reduce_max_pd(a) }
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &mut [__m512d]) {
+        let mut other = [self.zero(); 8];
+        unsafe {
+            for i in (0..8).step_by(2) {
+                other[i] = _mm512_unpacklo_pd(rows[i], rows[i + 1]);
+                other[i + 1] = _mm512_unpackhi_pd(rows[i], rows[i + 1]);
+            }
+            for i in [0, 1, 4, 5] {
+                rows[i] = _mm512_shuffle_f64x2::<0x88>(other[i], other[i + 2]);
+                rows[i + 2] = _mm512_shuffle_f64x2::<0xdd>(other[i], other[i + 2]);
+            }
+            other.copy_from_slice(&rows[..8]);
+            for i in 0..4 {
+                rows[i] = _mm512_shuffle_f64x2::<0x88>(other[i], other[i + 4]);
+                rows[i + 4] = _mm512_shuffle_f64x2::<0xdd>(other[i], other[i + 4]);
+            }
+        }
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, pointer: *const T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(pointer.cast()) }
     }
     #[inline(always)]
     unsafe fn load(self, pointer: *const f64) -> __m512d {

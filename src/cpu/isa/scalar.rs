@@ -80,6 +80,12 @@ impl<R: CpuReal> Simd for Scalar<R> {
         a.into_iter().fold(R::NEG_INFINITY, |m, x| if x > m { x } else { m })
     }
     #[inline(always)]
+    fn transpose(self, rows: &mut [[R; LANES]]) {
+        let column = |c: usize| map(|r| rows[r][c]);
+        let columns = [column(0), column(1), column(2), column(3)];
+        rows.copy_from_slice(&columns);
+    }
+    #[inline(always)]
     unsafe fn load(self, pointer: *const R) -> [R; LANES] {
         // SAFETY: the caller's contract.
         map(|l| unsafe { *pointer.add(l) })

@@ -112,6 +112,40 @@ pub(crate) unsafe fn softmax<S: Simd>(
     }
 }
 
+/// Takes the softmax of a row over other keys, `other`, and its weighted sum into a running one.
+///
+/// # Safety
+/// Both sums must be valid for `vectors` registers.
+#[inline(always)]
+pub(crate) unsafe fn join<S: Simd>(
+    s: S,
+    (running, sums): (&mut Running<S::Real>, *mut S::Real),
+    (other, other_sums): (&Running<S::Real>, *const S::Real),
+    vectors: usize,
+) {
+    if !other.seen {
+        return;
+    }
+    running.seen = true;
+    let mut before = S::Real::ONE;
+    if other.top > running.top {
+        before = exp2_one(s, running.top - other.top);
+        running.top = other.top;
+    }
+    let share = if other.top == running.top { S::Real::ONE } else { exp2_one(s, other.top - running.top) };
+    running.total = running.total * before + other.total * share;
+    running.own = running.own * before + other.own * share;
+    running.cross = running.cross * before + other.cross * share;
+    for v in 0..vectors {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let at = sums.add(v * S::LANES);
+            let kept = s.mul(s.load(at), s.splat(before));
+            s.store(at, s.mul_add(s.load(other_sums.add(v * S::LANES)), s.splat(share), kept));
+        }
+    }
+}
+
 /// Zeros from `from`, a whole number of registers, up to `to`.
 ///
 /// # Safety

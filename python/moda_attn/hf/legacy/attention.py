@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ...errors import ModaRuntimeError, ModaValueError
-from ...layer import attend
+from ...layer import attend, attention_weights
 from ..names import NAME
 from .cache import LegacySeam
 from .structure import llama_namespace
@@ -46,12 +46,7 @@ def legacy_patched(cls: type) -> type:
             cache.call.entered.layers.add(self.layer_idx)
             seam = LegacySeam(self.moda, cache)
             if implementation == NAME:
-                if output_attentions:
-                    raise ModaValueError(
-                        "output_attentions: the kernel never forms the weights; moda_attn.hf.record_mass says where "
-                        'attention went, and attention="keep" keeps an implementation that has them'
-                    )
-                return _by_kernel(self, hidden_states, position_ids, seam), None, cache
+                return *_by_kernel(self, hidden_states, position_ids, seam, output_attentions), cache
             output, weights, _ = super().forward(
                 hidden_states=hidden_states,
                 attention_mask=attention_mask,
@@ -69,9 +64,13 @@ def legacy_patched(cls: type) -> type:
 
 
 def _by_kernel(
-    attention: LegacyAttention, hidden_states: Tensor, position_ids: Tensor | None, seam: LegacySeam
-) -> Tensor:
-    """Modular attention with the module's own projections and rotary embedding.
+    attention: LegacyAttention,
+    hidden_states: Tensor,
+    position_ids: Tensor | None,
+    seam: LegacySeam,
+    output_attentions: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Modular attention with the module's own projections and rotary embedding, and the weights if they are wanted.
 
     Causality is the kernel's own and padding comes with the modality ids, so no mask is read.
     """
@@ -95,4 +94,5 @@ def _by_kernel(
     output, mass = attend(seam.layer, query, key, value, state, scale=scale, return_mass=recorder is not None)
     if recorder is not None and mass is not None:
         recorder.add(attention.layer_idx, mass, state.modality[:, -count:])
-    return attention.o_proj(output.transpose(1, 2).reshape(batch, count, -1))
+    weights = attention_weights(seam.layer, query, key, state, scale=scale) if output_attentions else None
+    return attention.o_proj(output.transpose(1, 2).reshape(batch, count, -1)), weights

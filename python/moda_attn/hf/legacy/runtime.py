@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from .tokens import Prepared, prepare
 
 
 @dataclass
-class LegacyRuntime(Runtime):
-    """What one patched model shares with its layers.
+class Running:
+    """What one thread does with the model; the servers of these code bases generate in several at once.
 
     Attributes:
         prepared: the tokens that the model merged last.
@@ -30,6 +31,22 @@ class LegacyRuntime(Runtime):
 
     prepared: Prepared | None = None
     generating: bool = False
+
+
+@dataclass
+class LegacyRuntime(Runtime):
+    """What one patched model shares with its layers.
+
+    Attributes:
+        threads: by thread.
+    """
+
+    threads: dict[int, Running] = field(default_factory=dict)
+
+    @property
+    def running(self) -> Running:
+        """Of this thread."""
+        return self.threads.setdefault(threading.get_ident(), Running())
 
     def connect(self, model: nn.Module) -> None:
         """Stand before the methods that merge, generate and save, and hook the model and its decoder."""
@@ -40,7 +57,7 @@ class LegacyRuntime(Runtime):
         # Partials of bound methods: a deep copy of the model gets its own.
         vars(model)[PREPARE] = functools.partial(self.prepare, model)
         vars(model)["generate"] = functools.partial(self.generate, model)
-        if self.config is not None:
+        if self.config is not None and hasattr(model, "save_pretrained"):
             from ..io import save_beside
 
             vars(model)["save_pretrained"] = functools.partial(save_beside, model)
@@ -53,16 +70,16 @@ class LegacyRuntime(Runtime):
     def prepare(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple:
         """The model's own method; remembers which position of its result is what."""
         original = getattr(type(model), PREPARE)
-        result, self.prepared = prepare(functools.partial(original, model), args, kwargs)
+        result, self.running.prepared = prepare(functools.partial(original, model), args, kwargs)
         return result
 
     def generate(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, in which embeddings that were not merged are text."""
-        self.prepared, self.generating = None, True
+        self.threads[threading.get_ident()] = Running(generating=True)
         try:
             return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
-            self.prepared, self.generating = None, False
+            del self.threads[threading.get_ident()]
 
     def before_model(self, module: nn.Module, args: tuple) -> None:
         """Raise in a training step that would leave MODA's parameters behind."""
@@ -105,22 +122,24 @@ class LegacyRuntime(Runtime):
         tokens = embeds if ids is None else ids
         if not isinstance(tokens, Tensor):
             raise ModaValueError("the decoder was called without input_ids and without inputs_embeds")
-        prepared = self.prepared
+        prepared, generating = self.running.prepared, self.running.generating
         if prepared is not None and not prepared.describes(tokens):
-            inside = self.generating and ids is None
+            inside = generating and ids is None
             prepared = prepared.expanded(*tokens.shape[:2]) if inside else None
-        if prepared is None and ids is None and not self.generating:
+        if prepared is None and ids is None and not generating:
             raise ModaValueError(
                 f"inputs_embeds that {PREPARE} of this model did not just return: which tokens are image is unknown. "
                 "Call the model with input_ids and images"
             )
-        modality = None if prepared is None else prepared.modality
+        modality, labels = (None, None) if prepared is None else (prepared.modality, prepared.labels)
+        if self.recorder is not None:
+            self.recorder.labels = labels
         known = {
             "inputs_embeds": tokens,
             "modality_ids": torch.full(tokens.shape[:2], TEXT, device=tokens.device) if modality is None else modality,
             "attention_mask": arguments.get("attention_mask"),
             "past_key_values": arguments["past_key_values"],
-            "labels": None if prepared is None else prepared.labels,
+            "labels": labels,
         }
         call = describe_call(
             known,
