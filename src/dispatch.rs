@@ -1,6 +1,6 @@
 //! Which instruction set runs, and why: chosen once, at first use.
 
-pub use crate::cpu::isa::Isa;
+pub use crate::cpu::Isa;
 use crate::error::{Error, Result};
 use std::env;
 use std::sync::OnceLock;

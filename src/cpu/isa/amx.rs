@@ -167,7 +167,7 @@ impl Amx {
     /// # Safety
     /// As [`Dot::product`], inside [`Dot::enter`].
     #[inline(always)]
-    unsafe fn whole_tiles(self, size: Size, a: Left<Pair>, b: Right<Pair>, c: Target<f32>) {
+    unsafe fn whole_tiles(size: Size, a: Left<Pair>, b: Right<Pair>, c: Target<f32>) {
         let mut turned = Turned([Pair::default(); 2 * TILE * CHUNK]);
         for first in (0..size.rows).step_by(2 * TILE) {
             let count = (size.rows - first).min(2 * TILE);
@@ -325,7 +325,7 @@ impl Dot for Amx {
         let deep = size.depth / TILE * TILE;
         unsafe {
             if deep > 0 {
-                self.whole_tiles(Size { depth: deep, ..size }, a, b, c);
+                Self::whole_tiles(Size { depth: deep, ..size }, a, b, c);
             }
             if deep < size.depth || size.depth == 0 {
                 let size = Size { depth: size.depth - deep, ..size };
