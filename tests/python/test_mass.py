@@ -29,7 +29,11 @@ def test_mass_by_modality_is_mass_by_relation_in_detail(name: str, dtype: torch.
     problem = attention_problem(CASES[name], dtype)
     out, by_relation = F.modular_attention(**problem, return_mass=True)
     same_out, by_modality = F.modular_attention(**problem, return_mass="modality")
-    assert torch.equal(out, same_out)
+    if name == "few queries":
+        # Mass by modality goes through tiles however few the queries are, which rounds otherwise.
+        torch.testing.assert_close(out, same_out)
+    else:
+        assert torch.equal(out, same_out)
     modalities = CASES[name].modalities
     assert by_modality.shape == (*out.shape[:3], modalities + 1)
     rows, n = problem["query_modality"], CASES[name].queries
