@@ -31,7 +31,8 @@ test: build
 
 # Other releases of transformers, each in a thin environment over .venv: it holds only what that release wants otherwise.
 RELEASES := 4.57.6 5.17.0
-RELEASE_TESTS := $(addprefix tests/python/test_hf_,models.py structure.py patch.py generate.py io.py record.py)
+RELEASE_TESTS := $(addprefix tests/python/test_hf_,models.py structure.py patch.py generate.py decoding.py cache.py io.py record.py \
+	peft.py trainer.py foreign.py)
 
 PURELIB := "import sysconfig; print(sysconfig.get_path('purelib'))"
 

@@ -186,7 +186,8 @@ def modular_attention(
         o (B, Hq, Nq, D) in the query's dtype, differentiable in query, key, value, sink and modality_bias. With
         `return_mass` also the mass in the sink's dtype, not differentiable: (B, Hq, Nq, 3), on keys of the query's own
         modality, on the others and on the pseudo-scores; with ``"modality"`` (B, Hq, Nq, M + 1), on the keys of each
-        modality and on the pseudo-scores. ``"split"`` has the masses of both softmaxes added.
+        modality and on the pseudo-scores. ``"split"`` has the masses of both softmaxes added. Asking for mass by
+        modality may change the rounding of o where a key head has few query rows; by relation it never does.
 
     Raises:
         ModaTypeError: an argument is no tensor, or of a dtype that is not supported here.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import moda_attn
 import tiny
 from moda_attn import ModaConfig
+from moda_attn.config import TEXT
 from moda_attn.errors import ModaError
 from moda_attn.hf.patch import runtime_of
 from moda_attn.hf.registry import family_of
@@ -186,6 +187,22 @@ def kernel(family: str) -> str | None:
     return None
 
 
+def balance(family: str) -> str | None:
+    """The attention balance of the model as it came, which is left as it was."""
+    model, x = tiny.build(family), tiny.inputs(family, ROWS)
+    plain = logits(model, x)
+    try:
+        report = moda_attn.attention_balance(model, **x)
+    except ModaError as error:
+        return f"refused: {error}"
+    rows = report.of(TEXT)
+    for masses in zip(rows.self_mass, rows.cross_mass, rows.pseudo_mass, strict=True):
+        assert abs(sum(masses) - 1) < 1e-5
+    assert min(rows.cross_mass) > 0
+    assert torch.equal(logits(model, x), plain)
+    return None
+
+
 def video(family: str) -> str | None:
     """Videos are a modality of their own with three, and vision with two."""
     if not tiny.BUILDERS[family].video:
@@ -224,6 +241,7 @@ FEATURES: dict[str, Callable[[str], str | None]] = {
     "remove": removal,
     "video": video,
     "own kernel": kernel,
+    "balance": balance,
 }
 
 

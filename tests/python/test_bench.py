@@ -60,6 +60,16 @@ def test_races_are_run_printed_and_recorded(tiny, tmp_path, capsys):
     assert again["races"][:2] == written["races"][:2], "what was not measured anew is kept"
     assert len(again["races"]) == 3
 
+    for row in again["races"]:
+        row["others"] = 0.5 if row["kind"] == "decode" else 0.0
+    path.write_text(json.dumps(again))
+    capsys.readouterr()
+    assert main(["--resume", "--only", "forward", "decode", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert tiny[2].name in printed, "what was disturbed is measured again"
+    assert tiny[0].name not in printed
+    assert "1 of 1 goals met" in printed
+
 
 def test_rows_of_another_version_are_not_kept():
     old = {"machine": {"torch": "1"}, "races": [{"name": "a"}], "figures": []}

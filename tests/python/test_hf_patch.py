@@ -227,18 +227,24 @@ def test_a_patched_layer_that_is_not_entered_is_noticed():
         model(**tiny.inputs("llava-llama", "TIT"))
 
 
-def test_masks_that_cannot_be_expressed():
-    family = "llava-llama"
-    model = tiny.build(family)
+def test_packed_rows_are_refused():
+    model = tiny.build()
     moda_attn.apply(model)
-    x = tiny.inputs(family, "TTITTT")
-    length = x["input_ids"].shape[1]
-    with pytest.raises(ModaValueError, match="4-D attention mask"):
-        model(**(x | {"attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool).tril()}))
+    x = tiny.inputs("llava-llama", "TTITTT")
     del x["attention_mask"]
+    length = x["input_ids"].shape[1]
     packed = torch.cat([torch.arange(4), torch.arange(length - 4)])[None]
     with pytest.raises(ModaValueError, match="packed rows"):
         model(**x, position_ids=packed)
+
+
+def test_a_soft_cap_is_refused_when_our_kernel_would_ignore_it():
+    model = tiny.build("gemma3")
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attn_logit_softcapping = 50.0
+    with pytest.raises(ModaValueError, match=r"soft cap on its scores \(attn_logit_softcapping\)"):
+        moda_attn.apply(model)
+    assert moda_attn.apply(model, ALIGN_ONLY).attention == "sdpa"
 
 
 def test_the_kernel_cannot_be_lost_in_silence():

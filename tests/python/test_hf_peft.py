@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -127,18 +128,27 @@ def test_parameters_that_peft_does_not_save_are_not_trained_in_silence(how: str)
         model.train()(**LABELLED)
 
 
+def reloaded(model: nn.Module, folder: Path) -> tuple[nn.Module, nn.Module]:
+    """A model whose adapter, by transformers' own methods, was trained and saved, and another one that loaded it."""
+    again = copy.deepcopy(model)
+    module = "moda" if any(".moda." in name for name in model.state_dict()) else "lm_head"
+    model.add_adapter(lora(modules_to_save=[module]))
+    steps(model.train(), 2)
+    model.eval().save_pretrained(folder)
+    again.load_adapter(str(folder))
+    return model, again.eval()
+
+
 def test_the_adapter_of_transformers_itself(tmp_path: Path):
+    # Some releases restore no modules_to_save at all, of no model.
+    plain, again = reloaded(tiny.build(), tmp_path / "plain")
+    if not torch.equal(logits(plain), logits(again)):
+        pytest.skip("load_adapter of this release of transformers loses modules_to_save, without MODA too")
     model = tiny.build()
     moda_attn.apply(model)
     tiny.randomise(model)
-    model.add_adapter(lora())
-    steps(model.train(), 2)
-    expected = logits(model.eval())
-    model.save_pretrained(tmp_path)
-    again = tiny.build()
-    moda_attn.apply(again)
-    again.load_adapter(str(tmp_path))
-    assert torch.equal(logits(again), expected)
+    model, again = reloaded(model, tmp_path / "moda")
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_linear_layers_inside_moda_are_saved_not_adapted():

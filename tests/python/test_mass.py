@@ -30,7 +30,8 @@ def test_mass_by_modality_is_mass_by_relation_in_detail(name: str, dtype: torch.
     problem = attention_problem(CASES[name], dtype)
     out, by_relation = F.modular_attention(**problem, return_mass=True)
     same_out, by_modality = F.modular_attention(**problem, return_mass="modality")
-    if name == "few queries":  # which go another way where mass by modality is not wanted
+    if name == "few queries":
+        # Mass by modality goes through tiles however few the queries are, which rounds otherwise.
         assert verdict(same_out, out, name="out")
     else:
         assert torch.equal(out, same_out)

@@ -9,6 +9,7 @@ from typing import Any
 
 from .cases import RACES
 from .figures import FIGURES
+from .report import NOISY
 
 Record = dict[str, Any]
 
@@ -32,10 +33,24 @@ def merged(old: Record | None, new: Record) -> Record:
     return {**new, **rows}
 
 
+def read(folder: Path, machine: dict[str, Any]) -> Record | None:
+    """The record of a machine, if there is one."""
+    path = path_for(folder, machine)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def write(folder: Path, new: Record) -> Path:
     """Puts a record into its file, keeping what :func:`merged` keeps."""
     path = path_for(folder, new["machine"])
-    old = json.loads(path.read_text()) if path.exists() else None
+    rows = merged(read(folder, new["machine"]), new)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(merged(old, new), indent=1) + "\n")
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def settled(folder: Path, machine: dict[str, Any]) -> set[str]:
+    """Names of the rows that were recorded with these versions while the machine had nothing else to do."""
+    old = read(folder, machine)
+    if old is None or old["machine"] != machine:
+        return set()
+    return {row["name"] for row in (*old["races"], *old["figures"]) if (row["others"] or 0) <= NOISY}

@@ -31,7 +31,10 @@ SECTIONS = tuple(dict.fromkeys([*(race.section for race in RACES), *(figure.sect
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what the options ask for and prints it; ``--record FOLDER`` also writes it as JSON."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.resume and not options.record:
+        parser.error("--resume needs --record FOLDER, the record that is resumed")
     if options.tables:
         recorded = json.loads(options.tables.read_text(encoding="utf-8"))
         print(report.headline(recorded), report.table(recorded), sep="\n\n")
@@ -41,23 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     samples = options.repeat or (3 if options.quick else 5)
     print(f"{machine['cpu']} ({machine['family']}), {options.threads} threads, kernels: {machine['isa']}")
     print(f"torch {machine['torch']} ({machine['torch_capability']}); ours, then each peer's time over ours")
-    races, figures = _selection(options)
-    raced, measured = [], []
+    races, figures = _selection(options, machine)
+    rows: dict[str, list[dict[str, Any]]] = {"races": [], "figures": []}
+    date = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
+
+    def take(part: str, row: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> None:
+        rows[part].append(row)
+        print(line(row), flush=True)
+        if options.record:  # at once, so that an interruption loses nothing
+            record.write(options.record, {"machine": machine, "date": date, "samples": samples, **rows})
+
     try:
         for race in _announced(races):
-            raced.append(_alone(run_race, race, options.threads, samples))
-            print(report.race_line(raced[-1]), flush=True)
+            take("races", _alone(run_race, race, options.threads, samples), report.race_line)
         for figure in _announced(figures):
-            measured.append(_alone(run_figure, figure, options.threads, samples))
-            print(report.figure_line(measured[-1]), flush=True)
+            take("figures", _alone(run_figure, figure, options.threads, samples), report.figure_line)
     except ModaError as error:
         print(f"moda-attn bench: {error}", file=sys.stderr)
         return 1
-    _summary([*raced, *measured])
+    _summary([*rows["races"], *rows["figures"]])
     if options.record:
-        date = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
-        new = {"machine": machine, "date": date, "samples": samples, "races": raced, "figures": measured}
-        print(f"written: {record.write(options.record, new)}")
+        print(f"written: {record.path_for(options.record, machine)}")
     return 0
 
 
@@ -135,14 +142,19 @@ def run_figure(figure: Figure, threads: int, samples: int) -> dict[str, Any]:
     }
 
 
-def _selection(options: argparse.Namespace) -> tuple[list[Race], list[Figure]]:
+def _selection(options: argparse.Namespace, machine: dict[str, Any]) -> tuple[list[Race], list[Figure]]:
     if options.dtype or options.shape:
         dtypes, sizes = options.dtype or ["float32", "bfloat16"], options.shape or SHAPES
         both = (False, True)
         return [Race("own", d, s, backward=backward) for d in dtypes for s in sizes for backward in both], []
     wanted = options.only or SECTIONS
+    done = record.settled(options.record, machine) if options.resume else set()
     chosen: list[list[Any]] = [
-        [item for item in items if item.section in wanted and (item.quick or not options.quick)]
+        [
+            item
+            for item in items
+            if item.section in wanted and item.name not in done and (item.quick or not options.quick)
+        ]
         for items in (RACES, FIGURES)
     ]
     return chosen[0], chosen[1]
@@ -181,6 +193,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--record", type=Path, metavar="FOLDER", help="write the results to this machine's file in a folder"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave out what --record holds of this machine and these versions, if others let it alone then",
     )
     parser.add_argument("--tables", type=Path, metavar="FILE", help="print the tables of a record, and measure nothing")
     return parser

@@ -27,6 +27,7 @@ def refuse_foreign_forward(attention: nn.Module) -> None:
             the module that defines the class.
     """
     cls = type(attention)
+    _drop_restored_forward(attention)
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     origin = inspect.unwrap(vars(owner)["forward"]).__module__
     if "forward" in vars(attention) and not hasattr(attention, "_hf_hook") and not _is_the_class_forward(attention):
@@ -38,6 +39,20 @@ def refuse_foreign_forward(attention: nn.Module) -> None:
     raise ModaValueError(
         f"{cls.__name__} has {what} (another patch, such as Unsloth's); moda-attn cannot be applied on top of it"
     )
+
+
+def refuse_unsupported(attention: nn.Module) -> None:
+    """Raise where our kernel could not compute what `attention` does.
+
+    Raises:
+        ModaValueError: it caps its scores, or has attention sinks of its own.
+    """
+    for name, what in (("attn_logit_softcapping", "a soft cap on its scores"), ("sinks", "attention sinks of its own")):
+        if getattr(attention, name, None) is not None:
+            raise ModaValueError(
+                f'{type(attention).__name__} has {what} ({name}), which attention "{NAME}" does not compute; a '
+                'configuration that only aligns keys can keep the model\'s own: mask="none", location_prior=False'
+            )
 
 
 def patch_attention(
@@ -108,6 +123,7 @@ def _is_the_class_forward(attention: nn.Module) -> bool:
 
 def _take_hook(attention: nn.Module) -> Any:
     """Take accelerate's hook off: it stores a `forward` on the instance, which would shadow the class."""
+    _drop_restored_forward(attention)
     if "forward" not in vars(attention):
         return None
     if _is_the_class_forward(attention):
@@ -119,6 +135,14 @@ def _take_hook(attention: nn.Module) -> Any:
     remove_hook_from_module(attention)
     vars(attention).pop("forward", None)
     return hook
+
+
+def _drop_restored_forward(attention: nn.Module) -> None:
+    """Take off the class's own forward where it was put on the instance, as transformers 4 leaves it there after a call
+    with `output_attentions`: it would outlive a change of class."""
+    forward = vars(attention).get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is type(attention).forward:
+        del attention.forward
 
 
 def _give_hook(attention: nn.Module, hook: Any) -> None:

@@ -13,6 +13,7 @@ from ..config import PADDING, TEXT, VIDEO, VISION
 from ..errors import ModaTypeError, ModaValueError
 from .memory import is_filled
 from .registry import MediaTokens
+from .visible import key_range_of
 
 #: Keyword arguments that a patched model's forward takes besides its own.
 OWN_ARGUMENTS = ("modality_ids", "mm_token_type_ids", "moda_context")
@@ -37,12 +38,29 @@ class ModaCall:
         context: (B, n) bool, the tokens that may feed a basis; None for all that are no padding.
         entered: the layers that ran.
         weights: the caller wants the attention weights too (`output_attentions`).
+        ranges: dense masks that were met, and their intervals.
     """
 
     modality: Tensor
     context: Tensor | None
     entered: Entered = field(default_factory=lambda: Entered())  # torch.compile cannot trace the bare class here
     weights: bool = False
+    ranges: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def ranges_of(self, mask: Tensor, real: Tensor) -> Tensor:
+        """The intervals of visible keys, (B|1, n, 2), of a 4-D mask; those of a dense one are found once a call.
+
+        Args:
+            mask: (B|1, 1, n, 2) int32, the intervals themselves, or (B|1, 1, n, K) dense.
+            real: (B, K) bool, the keys that are no padding.
+        """
+        if mask.dtype == torch.int32:
+            return mask[:, 0]
+        # The mask is kept beside its intervals: its id must not pass to another one meanwhile.
+        found = self.ranges.get(id(mask))
+        if found is None:
+            found = self.ranges[id(mask)] = (mask, key_range_of(mask, real))
+        return found[1]
 
 
 def describe_call(

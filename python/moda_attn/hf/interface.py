@@ -40,7 +40,8 @@ def moda_attention(
 
     Args:
         query: (B, Hq, n, D); key, value: (B, Hkv, K, D), those that the cache gave back.
-        attention_mask: from :func:`moda_mask`: None or 2-D for causal attention to all keys, else intervals of keys.
+        attention_mask: from :func:`moda_mask`: None or 2-D for causal attention to all keys, else intervals of keys; or
+            a dense mask (B|1, 1, n, K) of the model's or the caller's own.
         moda_seam: of this call; holds the parameters and the modality of the keys.
 
     Returns:
@@ -60,12 +61,7 @@ def moda_attention(
     moda_seam.attended = True
     state, queries = moda_seam.state, moda_seam.queries
     if attention_mask is not None and attention_mask.dim() == 4:
-        if attention_mask.dtype != torch.int32:
-            raise ModaValueError(
-                f"a 4-D attention mask {tuple(attention_mask.shape)} of {attention_mask.dtype} cannot be expressed; "
-                "give (B, N)"
-            )
-        queries = replace(queries, key_range=attention_mask[:, 0])
+        queries = replace(queries, key_range=moda_seam.call.ranges_of(attention_mask, state.modality >= 0))
     patched = cast("PatchedAttention", module)
     recorder = patched.moda_runtime.recorder
     result, mass = attend(

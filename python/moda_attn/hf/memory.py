@@ -73,7 +73,8 @@ def remember(
         cls: type = type(layer)
         layer.__class__ = _remembering(cls)
         layer.moda_tokens = twin
-    layer.moda_state = replace(state, modality=modality[:, :0])
+    # Nothing of the ids: they are in the twin. Always of the same strides, for one compiled graph.
+    layer.moda_state = replace(state, modality=modality.new_empty(modality.shape[0], 0))
     return layer.note(modality, *args, **kwargs)
 
 

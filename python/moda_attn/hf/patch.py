@@ -14,7 +14,13 @@ from .._checks import compute_dtype
 from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaTypeError, ModaValueError
 from ..layer import ModaLayer
-from .attention import patch_attention, patched_class, refuse_foreign_forward, unpatch_attention
+from .attention import (
+    patch_attention,
+    patched_class,
+    refuse_foreign_forward,
+    refuse_unsupported,
+    unpatch_attention,
+)
 from .legacy import LegacyRuntime, LegacyStructure, legacy_patched
 from .names import NAME
 from .placement import home_of
@@ -192,6 +198,8 @@ def _install(
     attentions = structure.attentions(model)
     for module in attentions.values():
         refuse_foreign_forward(module)
+        if use_kernel:
+            refuse_unsupported(module)
     old = _get_attention(model, structure)
     if isinstance(structure, LegacyStructure):
         runtime: Runtime

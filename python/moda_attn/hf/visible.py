@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 from ..errors import ModaValueError
 
@@ -68,6 +67,8 @@ def key_range(
 def window_of(mask_function: Callable) -> int | None:
     """Number of keys that a plain causal function sees at most, without looking at it: a window's, 2^31 - 1 for all;
     None for every other function."""
+    from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
+
     if mask_function is causal_mask_function:
         return torch.iinfo(torch.int32).max
     if torch.compiler.is_compiling() or getattr(mask_function, "__code__", None) is not and_masks().__code__:
@@ -92,6 +93,31 @@ def _columns(mask: Tensor, start: int | Tensor, count: int, device: torch.device
     return mask[:, columns.clamp(max=mask.shape[1] - 1)].bool() & inside
 
 
+def key_range_of(mask: Tensor, real: Tensor) -> Tensor:
+    """The intervals of a dense mask, as some models make it themselves.
+
+    Args:
+        mask: (B|1, 1, n, K), bool and true where visible, or floating: 0 where visible, very negative elsewhere.
+        real: (B, K) bool, the keys that are no padding.
+
+    Returns:
+        (B, n, 2) int32.
+
+    Raises:
+        ModaValueError: heads with masks of their own, other values, or a query that sees no interval.
+    """
+    if mask.shape[1] != 1:
+        raise ModaValueError(f"an attention mask {tuple(mask.shape)} for every head cannot be expressed; wanted one")
+    visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    if mask.dtype != torch.bool and ((mask[:, 0] > -1e4) & ~visible).any():
+        raise ModaValueError("an attention mask that adds to scores cannot be expressed; wanted 0 or very negative")
+    queries = torch.arange(visible.shape[1], device=mask.device)
+    rows = max(_CHUNK // max(real.numel(), 1), 1)
+    before = torch.nn.functional.pad(real.long().cumsum(-1), (1, 0))
+    parts = zip(visible.split(rows, dim=1), queries.split(rows), strict=True)
+    return torch.cat([_intervals(part & real[:, None], before, some) for part, some in parts], dim=1).to(torch.int32)
+
+
 def _looked_at(
     mask_function: Callable, queries: Tensor, keys: Keys, real: Tensor | None, batch: int, use_vmap: bool
 ) -> Tensor:
@@ -102,15 +128,19 @@ def _looked_at(
     chunks = []
     for chunk in queries.split(rows):
         visible = _evaluate(mask_function, chunk, columns, batch, use_vmap)
-        if real is not None:
-            visible = visible & real[:, None]
-        seen = visible.sum(-1)
-        first = visible.to(torch.uint8).argmax(-1)
-        last = torch.where(seen > 0, keys.length - visible.flip(-1).to(torch.uint8).argmax(-1), 0)
-        inside = last - first if before is None else before.gather(1, last) - before.gather(1, first)
-        _refuse_gaps((inside != seen) & (seen > 0), chunk)
-        chunks.append(torch.stack([first, last], dim=-1))
+        chunks.append(_intervals(visible if real is None else visible & real[:, None], before, chunk))
     return torch.cat(chunks, dim=1)
+
+
+def _intervals(visible: Tensor, before: Tensor | None, queries: Tensor) -> Tensor:
+    """First and one past the last visible key, (B, n, 2), of (B, n, K) without padding; `before` (B, K + 1) counts the
+    real keys before each, None where all are real. Raises where a real key between them is hidden."""
+    seen = visible.sum(-1)
+    first = visible.to(torch.uint8).argmax(-1)
+    last = torch.where(seen > 0, visible.shape[-1] - visible.flip(-1).to(torch.uint8).argmax(-1), 0)
+    inside = last - first if before is None else before.gather(1, last) - before.gather(1, first)
+    _refuse_gaps((inside != seen) & (seen > 0), queries)
+    return torch.stack([first, last], dim=-1)
 
 
 def _evaluate(function: Callable, queries: Tensor, keys: Tensor, batch: int, use_vmap: bool) -> Tensor:
