@@ -6,7 +6,7 @@ mod dense;
 mod rng;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::VarMap;
+use candle_nn::{VarBuilder, VarMap};
 use moda_attn::candle::{
     Alignment, Attention, ModaAttention, ModaCache, ModaConfig, duplex_align, ids, modular_attention,
     modular_attention_with_mass, pseudo_sink,
@@ -279,6 +279,23 @@ fn every_parameter_has_the_python_name_and_a_gradient() -> Result<()> {
             assert!(size > 0.0 && size.is_finite(), "{name}: {size}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn the_module_repeats_what_the_python_one_computed() -> Result<()> {
+    let mut tensors = candle_core::safetensors::load_buffer(include_bytes!("python_module.safetensors"), &CPU)?;
+    let mut take = |name: &str| tensors.remove(name).unwrap_or_else(|| panic!("{name} is missing"));
+    let [modality, context, hidden] = ["modality", "context", "hidden"].map(&mut take);
+    let [out, mass] = ["out", "mass"].map(&mut take);
+    let sources = context.ne(0i64)?.where_cond(&modality, &modality.ones_like()?.neg()?)?;
+    let weights = tensors.into_iter().map(|(name, weight)| (name.strip_prefix("weights.").unwrap().to_owned(), weight));
+    let vb = VarBuilder::from_tensors(weights.collect(), DType::F64, &CPU);
+    let module = ModaAttention::new(small(Combine::Joint), vb)?;
+    let (got, got_mass) = module.forward_with_mass(&hidden, &ids(&modality)?, Some(&ids(&sources)?), None)?;
+    // Its angles are float32.
+    assert_close("output", &got, &out, 1e-6);
+    assert_close("mass", &got_mass, &mass, 1e-6);
     Ok(())
 }
 
