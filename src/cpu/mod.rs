@@ -142,7 +142,7 @@ macro_rules! cpu_element {
             }
 
             fn product_rate(exec: Exec, duration: Duration) -> f64 {
-                with_token!(exec, <$type as Element>::Acc, s => rate::rate(s, exec, duration))
+                with_dot!(exec, $type, dot => rate::rate(dot, exec.threads, duration))
             }
         })*
     };
