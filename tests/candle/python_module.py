@@ -1,10 +1,11 @@
-"""Writes python_module.safetensors: weights, input and outputs of the Python ModaAttention, which candle's must repeat."""
+"""Writes python_module.safetensors: weights, input and output of the Python module, which candle's must repeat."""
 
 from pathlib import Path
 
 import torch
-from moda_attn import ModaAttention, ModaConfig
 from safetensors.torch import save_file
+
+from moda_attn import ModaAttention, ModaConfig
 
 torch.manual_seed(0)
 config = ModaConfig(num_modalities=3, align=(0, 1, 2), span=32, base=-1.0)
