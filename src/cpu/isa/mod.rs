@@ -58,6 +58,11 @@ impl Isa {
         }
     }
 
+    /// Whether attention on bfloat16 tensors multiplies bfloat16 numbers; everything else is float32 then as well.
+    pub const fn multiplies_bfloat16(self) -> bool {
+        matches!(self, Self::Avx512Bf16 | Self::Amx)
+    }
+
     /// Whether it is faster here than the weaker ones: an instruction may be there and not pay.
     pub fn pays(self) -> bool {
         match self {
