@@ -288,7 +288,7 @@ fn the_module_repeats_what_the_python_one_computed() -> Result<()> {
     let mut take = |name: &str| tensors.remove(name).unwrap_or_else(|| panic!("{name} is missing"));
     let [modality, context, hidden] = ["modality", "context", "hidden"].map(&mut take);
     let [out, mass] = ["out", "mass"].map(&mut take);
-    let sources = context.ne(0i64)?.where_cond(&modality, &modality.ones_like()?.neg()?)?;
+    let sources = context.ne(0i64)?.where_cond(&modality, &Tensor::full(-1i64, modality.dims(), &CPU)?)?;
     let weights = tensors.into_iter().map(|(name, weight)| (name.strip_prefix("weights.").unwrap().to_owned(), weight));
     let vb = VarBuilder::from_tensors(weights.collect(), DType::F64, &CPU);
     let module = ModaAttention::new(small(Combine::Joint), vb)?;
