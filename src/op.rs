@@ -35,8 +35,9 @@ fn fits_if<const R: usize>(
     Err(Error::Shape { argument, given: print(given), wanted: print(wanted) })
 }
 
-/// Multiply-adds that one more thread must have to do: it takes several microseconds to be woken.
-const WORTH_A_THREAD: usize = 1 << 20;
+/// Multiply-adds that one more thread must have to do, about 80 us of them: it takes several microseconds to be woken, and
+/// longer where another library's threads still spin on its core.
+const WORTH_A_THREAD: usize = 1 << 23;
 
 /// How a call of so many multiply-adds runs: on no more threads than are worth waking.
 fn exec(threads: usize, multiply_adds: usize) -> Result<Exec> {
