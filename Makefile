@@ -27,6 +27,8 @@ demo: build
 
 test: build
 	cargo test --locked --no-default-features
+	cargo test --locked --features candle --test candle
+	cargo test --locked --features candle --doc
 	$(BIN)/python -m pytest -q
 
 # Other releases of transformers, each in a thin environment over .venv: it holds only what that release wants otherwise.
@@ -52,9 +54,10 @@ test-transformers: build $(RELEASES:%=$(VENV)-%/.ready) $(VENV)-$(LEGACY)/.ready
 
 check: build
 	cargo fmt --check
-	cargo clippy --locked --no-default-features --all-targets -- -D warnings
+	cargo clippy --locked --no-default-features -- -D warnings
+	cargo clippy --locked --features candle --all-targets -- -D warnings
 	cargo clippy --locked --features python -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-default-features --no-deps --quiet
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --features candle --no-deps --quiet
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -20,10 +20,18 @@ pub struct Ids {
 }
 
 impl Ids {
-    /// Ids from a slice of `batch * tokens`; panics where the length differs.
-    pub fn from_slice(ids: &[i32], batch: usize, tokens: usize) -> Self {
-        assert_eq!(ids.len(), batch * tokens);
-        Self { batch, tokens, flat: ids.to_vec() }
+    /// Ids of `[batch, tokens]`, row after row, each -1 (padding) or a modality below [`MAX_MODALITIES`].
+    pub fn new(ids: &[i32], [batch, tokens]: [usize; 2]) -> Result<Self> {
+        if batch.checked_mul(tokens) != Some(ids.len()) {
+            let wanted = format!("{}, row after row", print_shape(&[batch, tokens]));
+            return Err(Error::Shape { argument: "modality", given: print_shape(&[ids.len()]), wanted });
+        }
+        let largest = MAX_MODALITIES as i32 - 1;
+        if let Some(at) = ids.iter().position(|id| !(PADDING..=largest).contains(id)) {
+            let (batch, token, given) = (at / tokens, at % tokens, ids[at].into());
+            return Err(Error::Modality { argument: "modality", batch, token, given, largest: largest.into() });
+        }
+        Ok(Self { batch, tokens, flat: ids.to_vec() })
     }
 
     /// Reads a tensor (B, N) of any integer dtype whose ids lie in `-1 .. modalities - 1`.
@@ -144,8 +152,16 @@ mod tests {
     }
 
     #[test]
+    fn a_slice_must_have_the_shape_and_known_ids() {
+        let message = |ids: &[i32], shape| Ids::new(ids, shape).unwrap_err().to_string();
+        assert!(message(&[0, 1, 1], [2, 2]).starts_with("modality has shape (3,)"), "{}", message(&[0, 1, 1], [2, 2]));
+        assert!(message(&[0, 1, -2, 1], [2, 2]).starts_with("modality[1, 0] is -2"));
+        assert!(Ids::new(&[0, 256], [1, 2]).is_err() && Ids::new(&[], [0, 5]).is_ok());
+    }
+
+    #[test]
     fn tokens_outside_the_context_feed_no_basis() {
-        let ids = Ids::from_slice(&[0, 1, -1], 1, 3);
+        let ids = Ids::new(&[0, 1, -1], [1, 3]).unwrap();
         let mut flags = [0u8, 2, 1];
         // SAFETY: a contiguous slice of three bytes.
         let context = unsafe { RawView::new(flags.as_mut_ptr(), DType::Bool, vec![1, 3], vec![3, 1]) };

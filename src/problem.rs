@@ -86,6 +86,14 @@ fn expect(argument: &'static str, given: &[usize], wanted: &[usize], meaning: &s
     Err(shape_error(argument, given, format!("{} = {meaning}", print_shape(wanted))))
 }
 
+/// Every id has its row in tables of M modalities.
+fn known(argument: &'static str, ids: &Ids, modalities: usize) -> Result<()> {
+    match ids.span() {
+        span if span <= modalities => Ok(()),
+        span => Err(option(argument, format!("ids up to {}", span - 1), &format!("ids below M = {modalities}"))),
+    }
+}
+
 /// Duplex alignment of one batch of keys.
 ///
 /// B batch, H key/value heads, N tokens, D head dim, M modalities. `T` is what the tensors store; parameters and basis
@@ -112,7 +120,13 @@ pub struct AlignProblem<'a, T: Element> {
     pub eps: T::Acc,
 }
 
-impl<T: Element> AlignProblem<'_, T> {
+impl<'a, T: Element> AlignProblem<'a, T> {
+    /// Alignment with covariance bases of every real token and eps 1e-6; change the fields for anything else.
+    pub fn new([key, value]: [View<'a, T, 4>; 2], modality: &'a Ids, [keep, mix]: [View<'a, T::Acc, 3>; 2]) -> Self {
+        let (kind, eps) = (Basis::Covariance, T::Acc::from_f64(1e-6));
+        Self { key, value, modality, sources: modality, keep, mix, basis: None, kind, eps }
+    }
+
     /// Checks every shape against the key's and the parameters'; returns the problem itself.
     pub fn validated(self) -> Result<Self> {
         let [b, h, n, d] = self.key.shape();
@@ -132,7 +146,8 @@ impl<T: Element> AlignProblem<'_, T> {
         if !(self.eps >= T::Acc::ZERO && self.eps.is_finite()) {
             return Err(option("eps", self.eps.to_string(), "a finite number >= 0"));
         }
-        debug_assert!(self.modality.span() <= m && self.sources.span() <= m);
+        known("modality", self.modality, m)?;
+        known("context", self.sources, m)?;
         Ok(self)
     }
 
@@ -177,7 +192,32 @@ pub struct AttendProblem<'a, T: Element> {
     pub num_modalities: Option<usize>,
 }
 
-impl<T: Element> AttendProblem<'_, T> {
+impl<'a, T: Element> AttendProblem<'a, T> {
+    /// Causal attention by one softmax with scale D^-1/2, without pseudo-scores and bias; change the fields for anything
+    /// else. `query_modality` is often [`Ids::last`] of `modality`.
+    pub fn new(
+        query: View<'a, T, 4>,
+        [key, value]: [View<'a, T, 4>; 2],
+        modality: &'a Ids,
+        query_modality: &'a Ids,
+    ) -> Self {
+        let scale = T::Acc::from_f64((query.shape()[3].max(1) as f64).sqrt().recip());
+        Self {
+            query,
+            key,
+            value,
+            modality,
+            query_modality,
+            sink: None,
+            bias: None,
+            key_range: None,
+            causal: true,
+            scale,
+            combine: Combine::Joint,
+            num_modalities: None,
+        }
+    }
+
     /// Checks every shape and repeats sink and bias over batch and heads; returns the problem itself.
     pub fn validated(mut self) -> Result<Self> {
         let [b, hq, nq, d] = self.query.shape();
@@ -221,7 +261,8 @@ impl<T: Element> AttendProblem<'_, T> {
         if !self.scale.is_finite() {
             return Err(option("scale", self.scale.to_string(), "a finite number"));
         }
-        debug_assert!(self.modality.span().max(self.query_modality.span()) <= self.modalities());
+        known("modality", self.modality, self.modalities())?;
+        known("query_modality", self.query_modality, self.modalities())?;
         Ok(self)
     }
 
@@ -392,7 +433,13 @@ impl<R: Real> SinkProblem<'_, R> {
         if self.span < 0 {
             return Err(option("span", self.span.to_string(), "a number of tokens >= 0"));
         }
-        debug_assert!(self.query_modality.span() <= m);
+        known("query_modality", self.query_modality, m)?;
         Ok(self)
+    }
+
+    /// The shape (B, Hq, Nq) of the sink.
+    pub fn shape(&self) -> [usize; 3] {
+        let [b, nq] = self.position.shape();
+        [b, self.decay.shape()[1], nq]
     }
 }

@@ -158,6 +158,24 @@ impl<'a, T: Copy, const R: usize> View<'a, T, R> {
         Self { pointer: data.as_ptr(), shape, strides: contiguous_strides(shape), owner: PhantomData }
     }
 
+    /// A tensor over a slice whose element (i, j, ..) lies at `offset + i * strides[0] + j * strides[1] + ..`; `None` where
+    /// any element would lie outside the slice.
+    pub fn strided(data: &'a [T], offset: usize, shape: [usize; R], strides: [isize; R]) -> Option<Self> {
+        if count(&shape)? > 0 {
+            let (mut first, mut last) = (offset as isize, offset as isize);
+            for (&size, &stride) in shape.iter().zip(&strides) {
+                let reach = (size as isize - 1).checked_mul(stride)?;
+                first = first.checked_add(reach.min(0))?;
+                last = last.checked_add(reach.max(0))?;
+            }
+            if first < 0 || last as usize >= data.len() {
+                return None;
+            }
+        }
+        let pointer = data.as_ptr().wrapping_add(offset);
+        Some(Self { pointer, shape, strides, owner: PhantomData })
+    }
+
     /// The shape.
     pub fn shape(&self) -> [usize; R] {
         self.shape
@@ -320,6 +338,15 @@ mod tests {
         let wide = View::from_slice(&data, [1, 4]).broadcast([5, 4]).unwrap();
         assert_eq!(wide.get([4, 3]), 3);
         assert!(view.broadcast([5, 4]).is_none());
+    }
+
+    #[test]
+    fn a_strided_view_stays_inside_its_slice() {
+        let data: Vec<i32> = (0..12).collect();
+        assert_eq!(View::strided(&data, 11, [3, 2], [-4, -1]).unwrap().get([2, 1]), 2);
+        assert!(View::strided(&data, 0, [3, 2], [5, 2]).is_none());
+        assert!(View::strided(&data, 7, [3, 2], [-4, 1]).is_none());
+        assert!(View::strided(&data, 99, [0, 2], [5, 2]).is_some());
     }
 
     #[test]

@@ -9,7 +9,7 @@ const LAYERS: [&[&str]; 6] = [
     &["spec"],
     &["cpu"],
     &["dispatch", "op"],
-    &["dlpack"],
+    &["candle", "dlpack"],
     &["py"],
 ];
 

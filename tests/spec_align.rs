@@ -115,7 +115,7 @@ fn by_hand(kind: Basis) -> AlignCase<f64> {
     let mut case = AlignCase::new(&mut Rng::new(2), options);
     case.key = Tensor::new(vec![3.0, 4.0, 0.0, 2.0, 0.0, 5.0], [1, 1, 3, 2]);
     case.value = Tensor::new(vec![1.0, 0.0, 0.0, 3.0, 1.0, 1.0], [1, 1, 3, 2]);
-    (case.modality, case.sources) = (Ids::from_slice(&[0, 0, 1], 1, 3), Ids::from_slice(&[0, 0, 1], 1, 3));
+    (case.modality, case.sources) = (Ids::new(&[0, 0, 1], [1, 3]).unwrap(), Ids::new(&[0, 0, 1], [1, 3]).unwrap());
     (case.keep, case.mix, case.eps) = (identity(2, 2, 1.0), identity(2, 2, 1.0), 0.0);
     case
 }

@@ -100,7 +100,7 @@ fn uniform(ids: &[i32], options: AttendOptions) -> AttendCase<f64> {
         ..options
     };
     let mut case = AttendCase::new(&mut Rng::new(2), options);
-    let ids = moda_attn::ids::Ids::from_slice(ids, 1, tokens);
+    let ids = moda_attn::ids::Ids::new(ids, [1, tokens]).unwrap();
     (case.modality, case.query_modality) = (ids.clone(), ids);
     for j in 0..tokens {
         case.query.set_flat(j, 0.0);

@@ -22,7 +22,7 @@ struct Case<R> {
 impl<R: Real> Case<R> {
     /// One row of text queries, one head.
     fn row(position: &[i64], span: i64, decay: f64, base: f64) -> Self {
-        let ids = Ids::from_slice(&vec![0; position.len()], 1, position.len());
+        let ids = Ids::new(&vec![0; position.len()], [1, position.len()]).unwrap();
         let table = |value: f64| Tensor::new(vec![R::from_f64(value)], [1, 1]);
         Self { position: position.to_vec(), ids, span, decay: table(decay), base: table(base) }
     }
@@ -112,7 +112,7 @@ fn every_row_reads_its_own_modality_and_head() {
     let position = (0..batch * queries).map(|_| rng.below(12) as i64).collect();
     let mut table = || Tensor::new(rng.normals::<f64>(modalities * heads, 1.0), [modalities, heads]);
     let (decay, base) = (table(), table());
-    let case = Case { position, ids: Ids::from_slice(&ids, batch, queries), span, decay, base };
+    let case = Case { position, ids: Ids::new(&ids, [batch, queries]).unwrap(), span, decay, base };
     let (sink, upstream) = (case.sink(), Tensor::new(rng.normals(batch * heads * queries, 1.0), case.shape()));
     let (mut d_decay, mut d_base) = (vec![0.0; modalities * heads], vec![0.0; modalities * heads]);
     for (b, h, i) in (0..batch * heads * queries).map(|at| (at / queries / heads, at / queries % heads, at % queries)) {
@@ -142,7 +142,7 @@ fn rows_without_pseudo_scores_move_nothing() {
     let upstream = Tensor::new(vec![f64::NAN; 3], [1, 1, 3]);
     assert_eq!(case.gradients(&upstream).0.values(), [0.0]);
     assert_eq!(case.gradients(&upstream).1.values(), [0.0]);
-    case.ids = Ids::from_slice(&[-1; 3], 1, 3);
+    case.ids = Ids::new(&[-1; 3], [1, 3]).unwrap();
     case.position = vec![0, i64::MIN, i64::MAX];
     assert_eq!(case.sink().values(), [f64::NEG_INFINITY; 3]);
     assert_eq!(case.gradients(&upstream).0.values(), [0.0]);

@@ -40,7 +40,7 @@ macro_rules! with_token {
                 $body
             }
             #[cfg(target_arch = "x86_64")]
-            $crate::cpu::Isa::Avx512 | $crate::cpu::Isa::Avx512Bf16 => {
+            $crate::cpu::Isa::Avx512 | $crate::cpu::Isa::Avx512Bf16 | $crate::cpu::Isa::Amx => {
                 let $s = <$real as $crate::cpu::CpuReal>::avx512().expect("this machine has AVX-512");
                 $body
             }
@@ -59,6 +59,11 @@ macro_rules! with_dot {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => {
                 let $dot = isa::avx512bf16::Avx512Bf16::new().expect("this machine has AVX512-BF16");
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => {
+                let $dot = isa::amx::Amx::new().expect("this process may use AMX");
                 $body
             }
             _ => with_token!($exec, f32, $dot => $body),

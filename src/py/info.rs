@@ -52,7 +52,10 @@ fn features() -> Vec<&'static str> {
 /// Which kernels run here and why, in words.
 #[pyfunction]
 pub(super) fn explain() -> String {
-    let kernels = match dispatch::choice() {
+    let choice = dispatch::choice();
+    let narrow = choice.as_ref().is_ok_and(|choice| choice.isa.multiplies_bfloat16());
+    let products = if narrow { "; bfloat16 attention sums products of bfloat16 numbers" } else { "" };
+    let kernels = match choice {
         Ok(choice) => format!("{}: {}", choice.isa.name(), choice.reason),
         Err(error) => format!("none, every call raises: {error}"),
     };
@@ -60,7 +63,7 @@ pub(super) fn explain() -> String {
         format!("moda-attn {} on {}-{}", env!("CARGO_PKG_VERSION"), std::env::consts::ARCH, std::env::consts::OS),
         format!("instruction set   {kernels}"),
         "device            cpu, the only one this build has kernels for".to_owned(),
-        "arithmetic        float64 for float64 tensors, float32 for float32, bfloat16 and float16".to_owned(),
+        format!("arithmetic        float64 for float64 tensors, float32 for the others{products}"),
         format!("threads           torch.get_num_threads() a call, at most useful: {} processors", processors()),
     ]
     .join("\n")

@@ -59,8 +59,7 @@ fn forward<R: Real>(inputs: &Inputs<'_>, sink: &RawView<'_>) -> Result<()> {
         let ([b, nq], [_, hq]) = (problem.position.shape(), problem.decay.shape());
         // SAFETY: Python has just allocated it and shares it with nobody before this call returns.
         let mut sink = unsafe { output("sink", sink, [b, hq, nq])? };
-        op::pseudo_sink(problem, &mut sink);
-        Ok(())
+        op::pseudo_sink(problem, &mut sink)
     })
 }
 
@@ -102,7 +101,6 @@ fn backward<R: Real>(
         // SAFETY: Python has just allocated both and shares them with nobody before this call returns.
         let (mut decay, mut base) =
             unsafe { (output("d_decay", d_decay, [m, hq])?, output("d_base", d_base, [m, hq])?) };
-        op::pseudo_sink_backward(problem, upstream, &mut decay, &mut base);
-        Ok(())
+        op::pseudo_sink_backward(problem, upstream, &mut decay, &mut base)
     })
 }

@@ -238,7 +238,7 @@ fn sources(modality: &Ids, context: Context) -> Ids {
         Context::Empty => false,
     };
     let row = |b: usize| modality.row(b).iter().enumerate().map(move |(j, &id)| if inside(j) { id } else { PADDING });
-    Ids::from_slice(&(0..batch).flat_map(row).collect::<Vec<_>>(), batch, tokens)
+    Ids::new(&(0..batch).flat_map(row).collect::<Vec<_>>(), [batch, tokens]).unwrap()
 }
 
 /// What a forward kernel wrote; `basis` is the given one where there was one.

@@ -69,5 +69,5 @@ pub(crate) fn ids(
             flat.extend(std::iter::repeat_n(PADDING, padded));
         }
     }
-    Ids::from_slice(&flat, batch, tokens)
+    Ids::new(&flat, [batch, tokens]).unwrap()
 }

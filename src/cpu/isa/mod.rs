@@ -3,6 +3,8 @@
 pub mod scalar;
 
 #[cfg(target_arch = "x86_64")]
+pub mod amx;
+#[cfg(target_arch = "x86_64")]
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512;
@@ -20,11 +22,13 @@ pub enum Isa {
     Avx512,
     /// The same, and attention on bfloat16 tensors multiplies bfloat16 pairs (AVX512-BF16).
     Avx512Bf16,
+    /// The same, by tiles (AMX).
+    Amx,
 }
 
 impl Isa {
     /// Every instruction set this crate knows, weakest first.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: [Self; 5] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
     /// The name `MODA_ATTN_ISA` takes.
     pub const fn name(self) -> &'static str {
@@ -33,6 +37,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
+            Self::Amx => "amx",
         }
     }
 
@@ -46,9 +51,16 @@ impl Isa {
             Self::Avx512 => avx512::Avx512::<f32>::is_available(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => avx512bf16::Avx512Bf16::is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => amx::Amx::is_available(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
+    }
+
+    /// Whether attention on bfloat16 tensors multiplies bfloat16 numbers; everything else is float32 then as well.
+    pub const fn multiplies_bfloat16(self) -> bool {
+        matches!(self, Self::Avx512Bf16 | Self::Amx)
     }
 
     /// Whether it is faster here than the weaker ones: an instruction may be there and not pay.
