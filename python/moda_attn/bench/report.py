@@ -90,7 +90,7 @@ def headline(record: dict[str, Any]) -> str:
         spans = (span(ratio(row, peer) for row in rows) for peer in PEERS)
         lines.append(f"| {kind} | {milliseconds(ours)} | {' | '.join(spans)} |")
     for row in record["races"]:
-        if row["section"] == "decode" and row["dtype"] == "bfloat16":
+        if row["section"] == "decode":
             what = f"{row['dtype']} decode, {row['shape'][3]} keys, batch {row['shape'][0]}"
             spans = (span([ratio(row, peer)]) for peer in PEERS)
             lines.append(f"| {what} | {milliseconds(row['times_ms']['moda_attn'])} | {' | '.join(spans)} |")
