@@ -1,18 +1,20 @@
 //! CPU kernels: tiled, recomputing backward, memory linear in N, bitwise the same result for any number of threads.
 //!
-//! [`simd`] is the trait an instruction set implements, [`isa`] the implementations, [`kernel`] the inner loops written
-//! once over the trait, `align` and `attend` the two operators.
+//! `simd` is the trait an instruction set implements, `isa` the implementations, `kernel` the inner loops written once
+//! over the trait, `align` and `attend` the two operators.
+
+#![allow(unreachable_pub, reason = "`pub` in these modules is for the crate; what users see is named here")]
 
 mod align;
 mod attend;
 mod buffer;
 mod dot;
-pub mod isa;
-pub mod kernel;
-pub mod parallel;
+mod isa;
+mod kernel;
+mod parallel;
 mod rate;
 mod real;
-pub mod simd;
+mod simd;
 
 use crate::dtype::Element;
 use crate::error::Result;

@@ -37,6 +37,7 @@ impl Amx {
     ///
     /// # Safety
     /// The CPU must have AVX-512 with BF16, AMX with BF16, and the process the system's permission.
+    #[cfg(test)]
     pub const unsafe fn new_unchecked() -> Self {
         // SAFETY: the caller's promise.
         Self(unsafe { Avx512Bf16::new_unchecked() })

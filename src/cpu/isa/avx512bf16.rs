@@ -32,6 +32,7 @@ impl Avx512Bf16 {
     ///
     /// # Safety
     /// The CPU must have AVX-512 F, BW, DQ, VL and BF16, FMA and F16C.
+    #[cfg(test)]
     pub const unsafe fn new_unchecked() -> Self {
         // SAFETY: the caller's promise.
         Self(unsafe { Avx512::new_unchecked() })
