@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-MODALITY_NAMES = {0: "text", 1: "vision"}
+import numpy as np
+
+from ..config import MODALITIES
 
 
 def modality_name(modality: int) -> str:
-    """ "text", "vision", and "modality 2" and so on for the free ones."""
-    return MODALITY_NAMES.get(modality, f"modality {modality}")
+    """ "text", "vision", "video", "audio", and "modality 4" and so on for the free ones."""
+    return MODALITIES[modality] if modality < len(MODALITIES) else f"modality {modality}"
+
+
+def nullable(array: np.ndarray) -> list[Any]:
+    """The array as nested lists in which None stands for NaN, so that they are valid JSON."""
+    return np.where(np.isnan(array), np.full((), None, dtype=object), array).tolist()
 
 
 @dataclass(frozen=True)
@@ -22,8 +29,11 @@ class RowBalance:
         modality: the modality of the query rows.
         answers_only: whether only the rows that predict supervised tokens were counted.
         rows: how many query rows each mean was taken over (heads not counted).
+        mass: (L, H, M + 1), of every layer and head the mean over rows of the mass on the keys of each modality and,
+            last, on the pseudo-scores, which carry no value. H is the most heads that a layer has; NaN fills a layer
+            with fewer.
         self_mass, cross_mass, pseudo_mass: per layer, mean over rows and heads of the mass on keys of the own modality,
-            on keys of other modalities, and on the pseudo-scores, which carry no value.
+            on keys of other modalities, and on the pseudo-scores.
         disparity: mean over layers of |self - cross|.
         relative_disparity: mean over layers of |self - cross| / (self + cross); unlike the plain one it does not fall
             merely because the pseudo-scores take mass from both.
@@ -36,6 +46,7 @@ class RowBalance:
     modality: int
     answers_only: bool
     rows: int
+    mass: np.ndarray = field(repr=False, compare=False)
     self_mass: tuple[float, ...]
     cross_mass: tuple[float, ...]
     pseudo_mass: tuple[float, ...]
@@ -44,6 +55,11 @@ class RowBalance:
     pseudo_share: float
     decay: float
     error: float
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What the last axis of `mass` counts: the names of the modalities, and "pseudo"."""
+        return (*(modality_name(modality) for modality in range(self.mass.shape[-1] - 1)), "pseudo")
 
     @property
     def name(self) -> str:
@@ -63,6 +79,7 @@ class RowBalance:
             "self": list(self.self_mass),
             "cross": list(self.cross_mass),
             "pseudo": list(self.pseudo_mass),
+            "mass": nullable(self.mass),
             **scalars,
         }
 

@@ -21,8 +21,9 @@ def balance_of_masses(
     """Attention balance from the masses of every layer.
 
     Args:
-        masses: per layer (B, Hq, Nq, 3): mass on keys of the query's own modality, on other keys, on the pseudo-scores.
-        query_modality: (B, Nq), -1 for padding, whose rows are left out.
+        masses: per layer (B, Hq, Nq, M + 1): mass on the keys of each modality and on the pseudo-scores; M is the same
+            for all layers.
+        query_modality: (B, Nq), ids below M, -1 for padding, whose rows are left out.
         answer_rows: (B, Nq) bool, the queries that predict supervised tokens; None leaves out that part of the report.
         layers: the layers' indices; default 0, 1, ...
 
@@ -35,25 +36,30 @@ def balance_of_masses(
         raise ModaValueError(
             f"masses has {len(masses)} layers and layers {len(layers)} entries; equal and at least 1 wanted"
         )
+    num_columns = masses[0].shape[-1]
     for layer, mass in zip(layers, masses, strict=True):
-        if mass.ndim != 4 or mass.shape[3] != 3 or (mass.shape[0], mass.shape[2]) != query_modality.shape:
+        fits = mass.ndim == 4 and (mass.shape[0], mass.shape[2]) == query_modality.shape
+        if not fits or mass.shape[3] != num_columns or num_columns < 2:
             raise ModaValueError(
-                f"masses of layer {layer} has shape {tuple(mass.shape)}; (B, Hq, Nq, 3) wanted"
-                f" with query_modality (B, Nq) = {query_modality.shape}"
+                f"masses of layer {layer} has shape {tuple(mass.shape)}; (B, Hq, Nq, M + 1) wanted"
+                f" with query_modality (B, Nq) = {query_modality.shape} and the same M in every layer"
             )
+    if query_modality.size and query_modality.max() > num_columns - 2:
+        raise ModaValueError(
+            f"query_modality has the id {query_modality.max()}; ids below M = {num_columns - 1} wanted,"
+            f" as masses have {num_columns} columns, M + 1"
+        )
     if answer_rows is not None and answer_rows.shape != query_modality.shape:
         raise ModaValueError(
             f"answer_rows has shape {answer_rows.shape}; {query_modality.shape} wanted, as query_modality"
         )
 
-    # Heads first: a layer may have another number of them than its neighbour.
-    per_row = np.stack([np.asarray(mass, dtype=np.float64).mean(axis=1) for mass in masses])
     present = [int(modality) for modality in np.unique(query_modality) if modality >= 0]
 
     def rows_of(selection: np.ndarray, answers_only: bool) -> tuple[RowBalance, ...]:
         chosen = [(modality, (query_modality == modality) & selection) for modality in present]
         return tuple(
-            _row_balance(per_row[:, rows], layers, modality, answers_only) for modality, rows in chosen if rows.any()
+            _row_balance(masses, rows, layers, modality, answers_only) for modality, rows in chosen if rows.any()
         )
 
     everything = np.ones(query_modality.shape, dtype=bool)
@@ -65,9 +71,17 @@ def balance_of_masses(
     )
 
 
-def _row_balance(rows: np.ndarray, layers: Sequence[int], modality: int, answers_only: bool) -> RowBalance:
-    """``rows`` (L, R, 3): the masses of R query rows in L layers."""
-    own, cross, pseudo = rows.mean(axis=1).T
+def _row_balance(
+    masses: Sequence[np.ndarray], rows: np.ndarray, layers: Sequence[int], modality: int, answers_only: bool
+) -> RowBalance:
+    """``masses`` of every layer, (B, H, N, M + 1); ``rows`` (B, N) bool: the R query rows to take the mean of."""
+    heads = max(mass.shape[1] for mass in masses)
+    by_head = np.full((len(masses), heads, masses[0].shape[-1]), np.nan)
+    for layer, mass in zip(by_head, masses, strict=True):
+        layer[: mass.shape[1]] = mass.transpose(0, 2, 1, 3)[rows].mean(axis=0, dtype=np.float64)
+    per_layer = np.nanmean(by_head, axis=1)
+    own, pseudo = per_layer[:, modality], per_layer[:, -1]
+    cross = np.delete(per_layer[:, :-1], modality, axis=1).sum(axis=1)
     gap, visible = np.abs(own - cross), own + cross
     # A layer whose pseudo-scores take everything shows no preference between the modalities.
     relative = np.divide(gap, visible, out=np.zeros_like(gap), where=visible > 0)
@@ -76,7 +90,8 @@ def _row_balance(rows: np.ndarray, layers: Sequence[int], modality: int, answers
     return RowBalance(
         modality=modality,
         answers_only=answers_only,
-        rows=rows.shape[1],
+        rows=int(rows.sum()),
+        mass=by_head,
         self_mass=tuple(own.tolist()),
         cross_mass=tuple(cross.tolist()),
         pseudo_mass=tuple(pseudo.tolist()),
