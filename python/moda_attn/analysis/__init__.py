@@ -12,12 +12,24 @@ from .report import BalanceReport, RowBalance
 from .statistics import balance_of_masses
 
 # Public name -> the module that defines it; these import torch.
-_OF_MODELS = {"attention_balance": "measure"}
+_OF_MODELS = {
+    "ReceivedAttention": "received",
+    "attention_balance": "measure",
+    "received_attention": "received",
+}
 
-__all__ = ["BalanceReport", "RowBalance", "attention_balance", "balance_of_masses"]
+__all__ = [
+    "BalanceReport",
+    "ReceivedAttention",
+    "RowBalance",
+    "attention_balance",
+    "balance_of_masses",
+    "received_attention",
+]
 
 if TYPE_CHECKING:
     from .measure import attention_balance
+    from .received import ReceivedAttention, received_attention
 
 
 def __getattr__(name: str) -> Any:
