@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from .compare import BalanceComparison, RowComparison, compare
 from .measure import attention_balance
 from .report import BalanceReport, RowBalance
 from .statistics import balance_of_masses
 
-__all__ = ["BalanceReport", "RowBalance", "attention_balance", "balance_of_masses"]
+__all__ = [
+    "BalanceComparison",
+    "BalanceReport",
+    "RowBalance",
+    "RowComparison",
+    "attention_balance",
+    "balance_of_masses",
+    "compare",
+]
