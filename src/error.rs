@@ -76,6 +76,27 @@ pub enum Error {
         /// What there is.
         wanted: String,
     },
+    /// No run-time compiler was found, so no kernel can run on a GPU.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "NVRTC, the compiler of the CUDA kernels, was not found. Looked in: {looked}. \
+             Install it (pip install nvidia-cuda-nvrtc) or set MODA_ATTN_NVRTC to the path of libnvrtc.so"
+    )]
+    CompilerMissing {
+        /// Where it was looked for.
+        looked: String,
+    },
+    /// The run-time compiler refused a kernel: a defect of this library, or a compiler it does not know.
+    #[cfg(feature = "cuda")]
+    #[error("NVRTC could not compile {source_name} ({options}): {log}")]
+    Compile {
+        /// The text's name.
+        source_name: &'static str,
+        /// The compiler's options.
+        options: String,
+        /// What it said.
+        log: String,
+    },
     /// Memory for a workspace or a result could not be had.
     #[error("could not allocate {bytes} bytes for {what}")]
     Allocation {
@@ -109,6 +130,8 @@ impl Error {
             Self::Shape { .. } | Self::Modality { .. } | Self::Option { .. } | Self::Device { .. } => ErrorKind::Value,
             Self::DType { .. } | Self::NotATensor { .. } => ErrorKind::Type,
             Self::InstructionSet { .. } | Self::Panic(_) => ErrorKind::Runtime,
+            #[cfg(feature = "cuda")]
+            Self::CompilerMissing { .. } | Self::Compile { .. } => ErrorKind::Runtime,
             Self::Allocation { .. } => ErrorKind::Memory,
         }
     }
@@ -123,6 +146,10 @@ impl Error {
             Self::Device { .. } => "Device",
             Self::NotATensor { .. } => "NotATensor",
             Self::InstructionSet { .. } => "InstructionSet",
+            #[cfg(feature = "cuda")]
+            Self::CompilerMissing { .. } => "CompilerMissing",
+            #[cfg(feature = "cuda")]
+            Self::Compile { .. } => "Compile",
             Self::Allocation { .. } => "Allocation",
             Self::Panic(_) => "Panic",
         }
@@ -139,6 +166,10 @@ impl Error {
             Self::Device { argument, given: given(), wanted: wanted() },
             Self::NotATensor { argument, given: given() },
             Self::InstructionSet { given: given(), wanted: wanted() },
+            #[cfg(feature = "cuda")]
+            Self::CompilerMissing { looked: "<places>".to_owned() },
+            #[cfg(feature = "cuda")]
+            Self::Compile { source_name: "<source>", options: "<options>".to_owned(), log: "<log>".to_owned() },
             Self::Allocation { bytes: 0, what: "<what>" },
             Self::Panic("<message>".to_owned()),
         ]

@@ -9,6 +9,7 @@
 //! | 0 | `error` `dtype` `layout` `view` `ids` `range` `problem` | the vocabulary; a problem is validated once, then trusted |
 //! | 1 | `spec` | the formulas as slow, readable scalar code: what the kernels are tested against |
 //! | 2 | `cpu` | the fast kernels, written once over a small SIMD trait |
+//! | 2 | `cuda` | plans for NVIDIA GPUs, their kernels, the run-time compiler |
 //! | 3 | `dispatch` `op` | which kernel runs and why; the public operators |
 //! | 4 | `candle` | custom operators and a module for candle |
 //! | 4 | `dlpack` | foreign tensors become views, in one place |
@@ -88,6 +89,9 @@ pub mod view;
 pub mod spec;
 
 pub mod cpu;
+
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 pub mod dispatch;
 pub mod op;

@@ -71,6 +71,7 @@ def attend(
     scale: float,
     queries: Queries | None = None,
     return_mass: bool = False,
+    num_modalities: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Modular attention of Nq tokens to N, causal unless the queries say which keys they see.
 
@@ -80,10 +81,11 @@ def attend(
         state: of the N keys.
         scale: of the scores.
         queries: the Nq tokens; default the last of the N.
-        return_mass: also return the attention mass.
+        return_mass: also return the attention mass by the relation of key and query, (B, Hq, Nq, 3).
+        num_modalities: M; also return the attention mass by the modality of the key, (B, Hq, Nq, M + 1).
 
     Returns:
-        The output (B, Hq, Nq, D), and the attention mass (B, Hq, Nq, 3), None where it was not asked for.
+        The output (B, Hq, Nq, D), and the attention mass, None where it was not asked for.
     """
     queries = state.queries(query.shape[2]) if queries is None else queries
     options: dict[str, Any] = {"scale": scale, "query_modality": queries.modality}
@@ -95,6 +97,9 @@ def attend(
             options["sink"] = layer.mask(query, queries.modality, queries.position, scale)
         if layer.prior is not None:
             options["modality_bias"] = layer.prior(state.affinity)
+    if num_modalities is not None:
+        options["num_modalities"] = num_modalities
+        return F.modular_attention(query, key, value, state.modality, return_mass="modality", **options)
     if return_mass:
         return F.modular_attention(query, key, value, state.modality, return_mass=True, **options)
     return F.modular_attention(query, key, value, state.modality, **options), None

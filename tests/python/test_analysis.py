@@ -11,17 +11,16 @@ import torch
 
 import moda_attn
 from moda_attn.analysis import attention_balance, balance_of_masses
-from moda_attn.analysis.statistics import cross_decay
+from moda_attn.analysis.measures import log_slope
 from moda_attn.demo.data import ask_all, load_digits, training_batch
 from moda_attn.demo.model import build_model
 from moda_attn.demo.tokenizer import WordTokenizer
 from moda_attn.errors import ModaValueError
 
 
-def constant_mass(
-    own: float, cross: float, pseudo: float, *, batch: int = 2, heads: int = 3, rows: int = 4
-) -> np.ndarray:
-    return np.broadcast_to([own, cross, pseudo], (batch, heads, rows, 3))
+def constant_mass(*columns: float, batch: int = 2, heads: int = 3, rows: int = 4) -> np.ndarray:
+    """Mass on the keys of each modality, text first, and on the pseudo-scores."""
+    return np.broadcast_to(columns, (batch, heads, rows, len(columns)))
 
 
 def test_known_values_of_two_layers():
@@ -42,14 +41,16 @@ def test_rows_are_split_by_modality_and_padding_is_left_out():
     mass = np.zeros((1, 2, 4, 3))
     mass[0, :, 0] = [1, 0, 0]
     mass[0, :, 1] = [0.5, 0.25, 0.25]
-    mass[0, 0, 2], mass[0, 1, 2] = [0.2, 0.8, 0], [0.4, 0.6, 0]
+    mass[0, 0, 2], mass[0, 1, 2] = [0.8, 0.2, 0], [0.6, 0.4, 0]
     mass[0, :, 3] = np.nan
     report = balance_of_masses([mass], np.array([[0, 0, 1, -1]]))
     assert [balance.modality for balance in report.modalities] == [0, 1]
     assert report.of(0).self_mass == pytest.approx((0.75,))
     assert report.of(1).cross_mass == pytest.approx((0.7,))
-    with pytest.raises(KeyError, match="modality 2"):
-        report.of(2)
+    assert report.of(1).mass == pytest.approx(np.array([[[0.8, 0.2, 0], [0.6, 0.4, 0]]]))
+    assert report.of(1).columns == ("text", "vision", "pseudo")
+    with pytest.raises(KeyError, match="modality 4"):
+        report.of(4)
 
 
 def test_answer_rows_alone():
@@ -63,22 +64,26 @@ def test_answer_rows_alone():
     assert answer.relative_disparity == pytest.approx(1 / 3)
 
 
+def decay_of(cross: np.ndarray, layers) -> float:
+    return float(np.exp(log_slope(cross, layers)))
+
+
 @pytest.mark.parametrize("gamma", [0.4, 0.97, 1.3])
 def test_synthetic_decay_is_recovered(gamma):
     layers = np.arange(12)
-    assert cross_decay(0.3 * gamma**layers, layers) == pytest.approx(gamma, rel=1e-12)
+    assert decay_of(0.3 * gamma**layers, layers) == pytest.approx(gamma, rel=1e-12)
     noisy = 0.3 * gamma**layers * np.exp(np.random.default_rng(0).normal(0, 0.01, 12))
-    assert cross_decay(noisy, layers) == pytest.approx(gamma, rel=0.01)
+    assert decay_of(noisy, layers) == pytest.approx(gamma, rel=0.01)
 
 
 def test_decay_counts_layer_indices_not_entries():
     layers = np.array([0, 3, 4, 9])
-    assert cross_decay(0.2 * 0.8**layers, layers) == pytest.approx(0.8)
+    assert decay_of(0.2 * 0.8**layers, layers) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("cross", [[0.3], [0.3, 0.0, 0.1]])
 def test_decay_without_a_slope_is_nan_and_null_in_json(cross):
-    assert math.isnan(cross_decay(np.array(cross), range(len(cross))))
+    assert math.isnan(decay_of(np.array(cross), range(len(cross))))
     report = balance_of_masses([constant_mass(0.5, value, 0) for value in cross], np.zeros((2, 4), dtype=int))
     written = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert written["modalities"][0]["decay"] is None
@@ -93,7 +98,8 @@ def test_a_layer_owned_by_the_pseudo_scores_shows_no_preference():
     ("masses", "modality", "answers"),
     [
         ([], (2, 4), None),
-        ([np.zeros((2, 3, 4, 2))], (2, 4), None),
+        ([np.zeros((2, 3, 4, 1))], (2, 4), None),
+        ([np.zeros((2, 3, 4, 3)), np.zeros((2, 3, 4, 4))], (2, 4), None),
         ([np.zeros((2, 3, 5, 3))], (2, 4), None),
         ([np.zeros((2, 3, 4, 3))], (2, 4), (2, 5)),
     ],
@@ -102,6 +108,25 @@ def test_shapes_that_do_not_fit_raise(masses, modality, answers):
     answer_rows = None if answers is None else np.ones(answers, dtype=bool)
     with pytest.raises(ModaValueError, match="wanted"):
         balance_of_masses(masses, np.zeros(modality, dtype=int), answer_rows=answer_rows)
+
+
+def test_an_id_without_a_column_raises():
+    with pytest.raises(ModaValueError, match="id 2; ids below M = 2 wanted"):
+        balance_of_masses([constant_mass(0.5, 0.5, 0)], np.full((2, 4), 2))
+
+
+def test_layers_may_differ_in_their_heads_and_three_modalities_have_their_columns():
+    masses = [constant_mass(0.1, 0.2, 0.4, 0.3, heads=2), constant_mass(0.4, 0.2, 0.1, 0.3, heads=3)]
+    report = balance_of_masses(masses, np.full((2, 4), 2))
+    video = report.of(2)
+    assert video.columns == ("text", "vision", "video", "pseudo")
+    assert video.mass.shape == (2, 3, 4)
+    assert np.isnan(video.mass[0, 2]).all()
+    assert not np.isnan(video.mass[1]).any()
+    assert video.self_mass == pytest.approx((0.4, 0.1))
+    assert video.cross_mass == pytest.approx((0.3, 0.6))
+    written = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert written["modalities"][0]["mass"][0][2] == [None] * 4
 
 
 def test_the_table_shows_every_layer_and_all_three_numbers():

@@ -68,9 +68,12 @@ def test_an_untouched_model_is_measured_and_left_as_it_was(family: str, implemen
     same = (image[:, :, None] == image[:, None, :])[:, None]
     real = x["attention_mask"].bool()[:, None, :, None]
     for layer, weight in enumerate(weights):
-        expected = torch.stack([(weight * same).sum(-1), (weight * ~same).sum(-1), weight.sum(-1) * 0], dim=-1)
+        on_image = (weight * image[:, None, None]).sum(-1)
+        expected = torch.stack([weight.sum(-1) - on_image, on_image, weight.sum(-1) * 0], dim=-1)
         (entry,) = recorder.layers[layer]
         assert (entry.mass - expected * real).abs().max() < 1e-5
+        expected = torch.stack([(weight * same).sum(-1), (weight * ~same).sum(-1), weight.sum(-1) * 0], dim=-1)
+        assert (entry.by_relation - expected * real).abs().max() < 1e-5
 
 
 def test_generate_makes_one_entry_for_every_forward():

@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from ..errors import ModaRuntimeError, ModaValueError
 from ..layer import attend, attention_weights
 from .names import NAME
+from .record import AttentionCall
 from .seam import CacheSeam
 from .visible import Keys, key_range, window_of
 
@@ -64,18 +65,11 @@ def moda_attention(
         queries = replace(queries, key_range=moda_seam.call.ranges_of(attention_mask, state.modality >= 0))
     patched = cast("PatchedAttention", module)
     recorder = patched.moda_runtime.recorder
-    result, mass = attend(
-        moda_seam.layer,
-        query,
-        key,
-        value,
-        state,
-        scale=scaling,
-        queries=queries,
-        return_mass=recorder is not None,
-    )
-    if recorder is not None and mass is not None:
-        recorder.add(patched.layer_idx, mass, queries.modality)
+    if recorder is None:
+        result, _ = attend(moda_seam.layer, query, key, value, state, scale=scaling, queries=queries)
+    else:
+        given = (patched.moda_runtime.config, moda_seam.layer, query, key, value, state, queries, scaling)
+        result = recorder.attend(AttentionCall(patched.layer_idx, *given))
     weights = None
     if moda_seam.call.weights:
         weights = attention_weights(moda_seam.layer, query, key, state, scale=scaling, queries=queries)

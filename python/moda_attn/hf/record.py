@@ -6,21 +6,88 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
+
+from ..config import ModaConfig
+from ..layer import ModaLayer, attend
+from ..state import LayerState, Queries
+
+R = TypeVar("R", bound="Recorder")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one layer's attention is computed from in one forward call.
+
+    Attributes:
+        index: of the layer.
+        config: of the patch; None where the model is only watched.
+        layer: the layer's MODA parameters; None for plain attention.
+        query: (B, Hq, n, D); key, value: (B, Hkv, K, D), the keys as they are attended to: aligned.
+        state: of the keys; queries: the n queries.
+        scale: of the scores.
+    """
+
+    index: int
+    config: ModaConfig | None
+    layer: ModaLayer | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    state: LayerState
+    queries: Queries
+    scale: float
+
+    def attend(self, *, num_modalities: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """The output (B, Hq, n, D) and, given M, the attention mass (B, Hq, n, M + 1) by modality of the key."""
+        tensors = (self.layer, self.query, self.key, self.value, self.state)
+        return attend(*tensors, scale=self.scale, queries=self.queries, num_modalities=num_modalities)
+
+    @property
+    def num_modalities(self) -> int:
+        """M: that of the configuration; without one, as many as there are among the keys, 2 at least."""
+        if self.config is not None:
+            return self.config.num_modalities
+        ids = self.state.modality
+        return max(2, int(ids.max()) + 1) if ids.numel() else 2
+
+
+class Recorder(Protocol):
+    """Computes the attention of a model's layers in the place of the model, and keeps what it wants to know of it.
+
+    Attributes:
+        labels: (B, n) of the last call, where the model itself merges them with the positions of images; else None.
+    """
+
+    labels: Tensor | None
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """The output of `call`, (B, Hq, n, D)."""
+        ...
 
 
 class LayerMass(NamedTuple):
     """Attention mass of one layer in one forward call.
 
     Attributes:
-        mass: (B, Hq, n, 3), on keys of the query's own modality, of the others, and on the pseudo-scores.
+        mass: (B, Hq, n, M + 1), on the keys of each modality and, last, on the pseudo-scores.
         query_modality: (B, n), 0 text, 1 vision, -1 padding (whose mass is zero).
     """
 
     mass: Tensor
     query_modality: Tensor
+
+    @property
+    def by_relation(self) -> Tensor:
+        """(B, Hq, n, 3): on keys of the query's own modality, on the others, and on the pseudo-scores."""
+        keys, pseudo = self.mass[..., :-1], self.mass[..., -1]
+        own = keys.gather(-1, self.query_modality.clamp(min=0).long()[:, None, :, None].expand(*keys.shape[:3], 1))[
+            ..., 0
+        ]
+        return torch.stack([own, keys.sum(-1) - own, pseudo], dim=-1)
 
 
 @dataclass
@@ -35,9 +102,12 @@ class MassRecorder:
     layers: dict[int, list[LayerMass]] = field(default_factory=lambda: defaultdict(list))
     labels: Tensor | None = None
 
-    def add(self, layer: int, mass: Tensor, query_modality: Tensor) -> None:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Called by the attention function."""
-        self.layers[layer].append(LayerMass(mass, query_modality))
+        output, mass = call.attend(num_modalities=call.num_modalities)
+        assert mass is not None
+        self.layers[call.index].append(LayerMass(mass, call.queries.modality))
+        return output
 
 
 @contextmanager
@@ -53,9 +123,15 @@ def record_mass(model: nn.Module) -> Iterator[MassRecorder]:
     An unpatched model is watched for the duration of the block and left exactly as it was; its attention is computed
     by our kernel meanwhile, with the same result up to rounding.
     """
+    with recording(model, MassRecorder()) as recorder:
+        yield recorder
+
+
+@contextmanager
+def recording(model: nn.Module, recorder: R) -> Iterator[R]:
+    """Have `recorder` compute the attention of every text layer of `model` inside the block."""
     from .patch import watching
 
-    recorder = MassRecorder()
     with watching(model) as runtime:
         outer, runtime.recorder = runtime.recorder, recorder
         try:

@@ -21,7 +21,7 @@ from .wrappers import refuse_cut_gradient, refuse_lost_parameters
 
 if TYPE_CHECKING:
     from .._typing import VisionLanguageModel
-    from .record import MassRecorder
+    from .record import Recorder
 
 
 #: Entry points of continuous batching; every other one of transformers goes through these.
@@ -38,7 +38,7 @@ class Runtime:
         config: None where the model is only watched, not changed.
         tokens: the placeholders of image and video features.
         attention: name of the attention implementation before the patch.
-        recorder: receives the attention mass of every layer while set.
+        recorder: computes the attention of every layer while set, and records it.
         prompt: of the running `generate`.
     """
 
@@ -47,7 +47,7 @@ class Runtime:
     config: ModaConfig | None
     tokens: MediaTokens
     attention: str
-    recorder: MassRecorder | None = None
+    recorder: Recorder | None = None
     prompt: Prompt | None = None
     handles: list[Any] = field(default_factory=list)
 

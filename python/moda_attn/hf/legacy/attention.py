@@ -11,6 +11,7 @@ from ...errors import ModaRuntimeError, ModaValueError
 from ...layer import attend, attention_weights
 from ..names import NAME
 from ..placement import copy_in_use
+from ..record import AttentionCall
 from .cache import LegacySeam
 from .structure import namespace_of
 
@@ -97,8 +98,10 @@ def _by_kernel(
     assert state is not None  # update has just set it
     recorder = attention.moda_runtime.recorder
     scale = attention.head_dim**-0.5
-    output, mass = attend(seam.layer, query, key, value, state, scale=scale, return_mass=recorder is not None)
-    if recorder is not None and mass is not None:
-        recorder.add(attention.layer_idx, mass, state.modality[:, -count:])
+    if recorder is None:
+        output, _ = attend(seam.layer, query, key, value, state, scale=scale)
+    else:
+        given = (attention.moda_runtime.config, seam.layer, query, key, value, state, state.queries(count), scale)
+        output = recorder.attend(AttentionCall(attention.layer_idx, *given))
     weights = attention_weights(seam.layer, query, key, state, scale=scale) if output_attentions else None
     return attention.o_proj(output.transpose(1, 2).reshape(batch, count, -1)), weights

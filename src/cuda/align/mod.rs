@@ -1,0 +1,1 @@
+//! Plans of duplex alignment, of the modality ids and of the pseudo-scores.

@@ -1,0 +1,5 @@
+//! Plans of modular attention.
+
+mod sum;
+
+pub use sum::{SumParams, sum};
