@@ -39,7 +39,9 @@ def sampled(rng: np.random.Generator, inputs: int, means: np.ndarray | None = No
 
 
 # Two-sided 95 %, from any printed table of the distribution.
-@pytest.mark.parametrize(("freedom", "value"), [(1, 12.706), (2, 4.303), (3, 3.182), (10, 2.228), (29, 2.045), (120, 1.980)])
+@pytest.mark.parametrize(
+    ("freedom", "value"), [(1, 12.706), (2, 4.303), (3, 3.182), (10, 2.228), (29, 2.045), (120, 1.980)]
+)
 def test_quantiles_of_student(freedom, value):
     assert t_quantile(freedom) == pytest.approx(value, abs=6e-4)
 
@@ -138,7 +140,9 @@ def test_changes_cover_the_truth(change):
     for _ in range(trials):
         before, after = sampled(rng, 15), sampled(rng, 15, after_means)
         if change is paired_change:
-            after = Tally(0, before.rows, after.sums / after.rows[:, None, None] * before.rows[:, None, None], after.heads)
+            after = Tally(
+                0, before.rows, after.sums / after.rows[:, None, None] * before.rows[:, None, None], after.heads
+            )
         for name, found in change(before, after, (LAYERS, LAYERS)).items():
             truth = second[name] / first[name] if name in FACTORS else second[name] - first[name]
             hits[name] += found.low - 1e-12 <= truth <= found.high + 1e-12

@@ -110,8 +110,8 @@ def compare(
         before, after: two models, or one before and after a change. Their layers may differ; E_DDA, a product over
             layers, then says little.
         names: what to call them.
-        paired: both were measured on the same inputs in the same order. What the inputs have in common then cancels, and
-            the intervals are those of the differences, input by input; otherwise Welch's for independent inputs.
+        paired: both were measured on the same inputs in the same order. What the inputs have in common then cancels,
+            and the intervals are those of the differences, input by input; otherwise Welch's for independent inputs.
 
     Raises:
         ModaValueError: ``paired`` with inputs that cannot be the same, or no kind of query rows in common.

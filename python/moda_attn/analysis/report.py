@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..config import MODALITIES
 from .intervals import Interval
 from .measures import MEASURES, DecayFit
 from .tally import Tally
@@ -17,12 +18,10 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-MODALITY_NAMES = {0: "text", 1: "vision"}
-
 
 def modality_name(modality: int) -> str:
-    """ "text", "vision", and "modality 2" and so on for the free ones."""
-    return MODALITY_NAMES.get(modality, f"modality {modality}")
+    """ "text", "vision", "video", "audio", and "modality 4" and so on for the free ones."""
+    return MODALITIES[modality] if modality < len(MODALITIES) else f"modality {modality}"
 
 
 @dataclass(frozen=True)

@@ -62,15 +62,14 @@ def comparison_table(comparison: BalanceComparison) -> str:
     for row in comparison.rows:
         lines.append("")
         for place, (name, title) in enumerate(MEASURE_NAMES.items()):
-            values = [_value(name, getattr(balance, name)) for balance in (row.before, row.after)]
-            label = row.name if place == 0 else ""
-            lines.append(
-                f"  {label:<{width}}  {title:<18}  {values[0]:>9} → {values[1]:>9}   {change_text(name, row.changes[name])}"
-            )
+            one, other = (value_text(name, getattr(balance, name)) for balance in (row.before, row.after))
+            label = f"  {row.name if place == 0 else '':<{width}}  {title:<18}"
+            lines.append(f"{label}  {one:>9} → {other:>9}   {change_text(name, row.changes[name])}")
     return "\n".join(lines)
 
 
-def _value(name: str, value: float) -> str:
+def value_text(name: str, value: float) -> str:
+    """A share in per cent, a factor as it is, a dash where there is none."""
     if math.isnan(value):
         return "–"
     return f"{100 * value:.2f} %" if name not in FACTORS else f"{value:.3f}" if name == "decay" else f"{value:.2e}"

@@ -43,7 +43,7 @@ class Tally:
             parts[0].modality,
             np.concatenate([part.rows for part in parts]),
             np.concatenate([_widened(part.sums, width) for part in parts]),
-            sum(_widened(part.heads, width) for part in parts),
+            np.sum([_widened(part.heads, width) for part in parts], axis=0),
         )
 
     def without_rows(self, inputs: int) -> Tally:
