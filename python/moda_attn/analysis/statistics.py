@@ -53,7 +53,11 @@ def tally_masses(
             selections[True] = selections[False] & answer_rows.astype(bool)
         for answers_only, selected in selections.items():
             if selected.any():
-                tallies[modality, answers_only] = Tally.of_rows(masses, modality, selected)
+                # Rows that are not counted may hold anything.
+                kept = [
+                    np.where(selected[:, None, :, None], mass, 0.0).sum(axis=2, dtype=np.float64) for mass in masses
+                ]
+                tallies[modality, answers_only] = Tally.of_heads(modality, selected.sum(axis=1), kept)
     return tallies
 
 
@@ -98,6 +102,11 @@ def row_balance(tally: Tally, layers: Sequence[int], answers_only: bool) -> RowB
         mass_interval=of_masses(tally),
         tally=tally,
     )
+
+
+def _summed(mass: np.ndarray, selected: np.ndarray) -> np.ndarray:
+    """(B, H, N, M + 1) over the rows selected (B, N): (B, H, M + 1). Other rows may hold anything."""
+    return np.where(selected[:, None, :, None], mass, 0.0).sum(axis=2, dtype=np.float64)
 
 
 def _check(

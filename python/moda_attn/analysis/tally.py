@@ -27,13 +27,12 @@ class Tally:
     heads: np.ndarray
 
     @staticmethod
-    def of_rows(masses: Sequence[np.ndarray], modality: int, selected: np.ndarray) -> Tally:
-        """From masses (B, Hq, N, M + 1) of L layers and the rows ``selected`` (B, N); other rows may hold anything."""
-        kept = [np.where(selected[:, None, :, None], mass, 0.0).sum(axis=2, dtype=np.float64) for mass in masses]
-        heads = np.full((len(kept), max(layer.shape[1] for layer in kept), kept[0].shape[2]), np.nan)
-        for target, layer in zip(heads, kept, strict=True):
+    def of_heads(modality: int, rows: np.ndarray, by_head: Sequence[np.ndarray]) -> Tally:
+        """From the sums of L layers over the rows of each input, head by head: (U, Hq, M + 1)."""
+        heads = np.full((len(by_head), max(layer.shape[1] for layer in by_head), by_head[0].shape[2]), np.nan)
+        for target, layer in zip(heads, by_head, strict=True):
             target[: layer.shape[1]] = layer.sum(axis=0)
-        return Tally(modality, selected.sum(axis=1), np.stack([layer.mean(axis=1) for layer in kept], axis=1), heads)
+        return Tally(modality, rows, np.stack([layer.mean(axis=1) for layer in by_head], axis=1), heads)
 
     @staticmethod
     def joined(parts: Sequence[Tally]) -> Tally:
