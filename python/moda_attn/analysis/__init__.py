@@ -1,9 +1,28 @@
-"""How a model divides its attention between modalities (the paper's equation 4 and figures 2 and 4)."""
+"""How a model divides its attention between modalities (the paper's equation 4 and figures 2 and 4).
+
+What needs a live model imports torch when it is first used.
+"""
 
 from __future__ import annotations
 
-from .measure import attention_balance
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .report import BalanceReport, RowBalance
 from .statistics import balance_of_masses
 
+# Public name -> the module that defines it; these import torch.
+_OF_MODELS = {"attention_balance": "measure"}
+
 __all__ = ["BalanceReport", "RowBalance", "attention_balance", "balance_of_masses"]
+
+if TYPE_CHECKING:
+    from .measure import attention_balance
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_MODELS:
+        value = getattr(importlib.import_module(f".{_OF_MODELS[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -59,7 +59,15 @@ def balance_of_masses(
     def rows_of(selection: np.ndarray, answers_only: bool) -> tuple[RowBalance, ...]:
         chosen = [(modality, (query_modality == modality) & selection) for modality in present]
         return tuple(
-            _row_balance(masses, rows, layers, modality, answers_only) for modality, rows in chosen if rows.any()
+            row_balance(
+                [mass.transpose(0, 2, 1, 3)[rows].mean(axis=0, dtype=np.float64) for mass in masses],
+                layers,
+                modality,
+                answers_only,
+                rows=int(rows.sum()),
+            )
+            for modality, rows in chosen
+            if rows.any()
         )
 
     everything = np.ones(query_modality.shape, dtype=bool)
@@ -71,14 +79,13 @@ def balance_of_masses(
     )
 
 
-def _row_balance(
-    masses: Sequence[np.ndarray], rows: np.ndarray, layers: Sequence[int], modality: int, answers_only: bool
+def row_balance(
+    means: Sequence[np.ndarray], layers: Sequence[int], modality: int, answers_only: bool = False, *, rows: int
 ) -> RowBalance:
-    """``masses`` of every layer, (B, H, N, M + 1); ``rows`` (B, N) bool: the R query rows to take the mean of."""
-    heads = max(mass.shape[1] for mass in masses)
-    by_head = np.full((len(masses), heads, masses[0].shape[-1]), np.nan)
-    for layer, mass in zip(by_head, masses, strict=True):
-        layer[: mass.shape[1]] = mass.transpose(0, 2, 1, 3)[rows].mean(axis=0, dtype=np.float64)
+    """The balance of query rows of one modality from `means`: per layer (H, M + 1), the mean mass over these rows."""
+    by_head = np.full((len(means), max(map(len, means)), means[0].shape[-1]), np.nan)
+    for layer, mean in zip(by_head, means, strict=True):
+        layer[: len(mean)] = mean
     per_layer = np.nanmean(by_head, axis=1)
     own, pseudo = per_layer[:, modality], per_layer[:, -1]
     cross = np.delete(per_layer[:, :-1], modality, axis=1).sum(axis=1)
@@ -90,7 +97,7 @@ def _row_balance(
     return RowBalance(
         modality=modality,
         answers_only=answers_only,
-        rows=int(rows.sum()),
+        rows=rows,
         mass=by_head,
         self_mass=tuple(own.tolist()),
         cross_mass=tuple(cross.tolist()),
