@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .compare import BalanceComparison, RowComparison, compare
 from .report import BalanceReport, RowBalance
 from .statistics import balance_of_masses
 
@@ -15,19 +16,25 @@ from .statistics import balance_of_masses
 _OF_MODELS = {
     "ReceivedAttention": "received",
     "attention_balance": "measure",
+    "balance_over": "dataset",
     "received_attention": "received",
 }
 
 __all__ = [
+    "BalanceComparison",
     "BalanceReport",
     "ReceivedAttention",
     "RowBalance",
+    "RowComparison",
     "attention_balance",
     "balance_of_masses",
+    "balance_over",
+    "compare",
     "received_attention",
 ]
 
 if TYPE_CHECKING:
+    from .dataset import balance_over
     from .measure import attention_balance
     from .received import ReceivedAttention, received_attention
 

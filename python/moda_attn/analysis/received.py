@@ -16,7 +16,7 @@ from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.record import AttentionCall
 from .grid import ImageTokens, image_tokens
 from .measure import forward, is_patched, selections
-from .report import modality_name, nullable
+from .report import modality_name, plain
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ReceivedAttention:
             "modality": self.modality.tolist(),
             "images": [[{"columns": i.columns.tolist(), "grid": i.grid} for i in row] for row in self.images],
             "mass": [
-                {"modality": modality, "answers_only": answers, "received": nullable(received)}
+                {"modality": modality, "answers_only": answers, "received": plain(received)}
                 for (modality, answers), received in self.mass.items()
             ],
         }
