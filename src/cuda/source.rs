@@ -1,7 +1,22 @@
 //! The CUDA C++ texts, embedded in the library. A text is its pieces one after the other: there is no `#include`.
 
+/// A file of `kernels/`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Its name there.
+    pub name: &'static str,
+    /// What it holds.
+    pub text: &'static str,
+}
+
+macro_rules! piece {
+    ($name:literal) => {
+        Piece { name: $name, text: include_str!(concat!("kernels/", $name)) }
+    };
+}
+
 /// Element types of every kernel, chosen by `-D DTYPE`, and their conversions.
-const TYPES: &str = include_str!("kernels/types.cuh");
+const TYPES: Piece = piece!("types.cuh");
 
 /// One compilation unit of `kernels/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -21,14 +36,20 @@ impl Source {
         }
     }
 
-    const fn pieces(self) -> &'static [&'static str] {
+    /// What it is made of, in order.
+    pub const fn pieces(self) -> &'static [Piece] {
         match self {
-            Self::AttendSum => &[TYPES, include_str!("kernels/attend_sum.cu")],
+            Self::AttendSum => &[TYPES, piece!("attend_sum.cu")],
         }
     }
 
     /// The whole text.
     pub fn text(self) -> String {
-        self.pieces().concat()
+        joined(self.pieces().iter().map(|piece| (piece.name, piece.text)))
     }
+}
+
+/// One text of several, in which the compiler still names each by its own name and lines.
+pub fn joined<'a>(pieces: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
+    pieces.into_iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n")).collect()
 }
