@@ -8,15 +8,26 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .compare import BalanceComparison, RowComparison, compare
 from .report import BalanceReport, RowBalance
 from .statistics import balance_of_masses
 
 # Public name -> the module that defines it; these import torch.
-_OF_MODELS = {"attention_balance": "measure"}
+_OF_MODELS = {"attention_balance": "measure", "balance_over": "dataset"}
 
-__all__ = ["BalanceReport", "RowBalance", "attention_balance", "balance_of_masses"]
+__all__ = [
+    "BalanceComparison",
+    "BalanceReport",
+    "RowBalance",
+    "RowComparison",
+    "attention_balance",
+    "balance_of_masses",
+    "balance_over",
+    "compare",
+]
 
 if TYPE_CHECKING:
+    from .dataset import balance_over
     from .measure import attention_balance
 
 

@@ -14,7 +14,8 @@ from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.patch import runtime_of
 from ..hf.record import AttentionCall, Recorder, recording
 from .report import BalanceReport
-from .statistics import row_balance
+from .statistics import Kind, report_of
+from .tally import Tally
 
 R = TypeVar("R", bound=Recorder)
 
@@ -33,52 +34,56 @@ def attention_balance(model: nn.Module, **inputs: Any) -> BalanceReport:
             that predict a supervised token.
     """
     recorder = forward(model, BalanceRecorder(inputs.get("labels")), inputs)
-    layers = tuple(sorted(recorder.means))
-    balances = [
-        row_balance([recorder.means[layer][name] for layer in layers], layers, *name, rows=int(rows.sum()))
-        for name, rows in recorder.selections.items()
-    ]
-    return BalanceReport(
-        layers=layers,
-        modalities=tuple(balance for balance in balances if not balance.answers_only),
-        answers=tuple(balance for balance in balances if balance.answers_only),
-        patched=is_patched(model),
-    )
+    return report_of(recorder.tallies(), recorder.layers, is_patched(model))
 
 
 class BalanceRecorder:
-    """The mean mass of every layer and head over the query rows of each modality, and over its answer rows.
+    """The sums of every layer's and head's mass over the query rows of each modality, and over its answer rows.
 
     Args:
         labels: (B, N), where the model is given them merged already.
 
     Attributes:
         selections: (modality, answer rows alone) -> (B, N) bool, the query rows counted.
-        means: layer index -> for each selection (H, M + 1).
+        sums: layer index -> for each selection (B, H, M + 1).
     """
 
     def __init__(self, labels: Tensor | None):
         self.labels = labels
-        self.selections: dict[tuple[int, bool], Tensor] = {}
-        self.means: dict[int, dict[tuple[int, bool], np.ndarray]] = {}
+        self.selections: dict[Kind, Tensor] = {}
+        self.sums: dict[int, dict[Kind, np.ndarray]] = {}
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Called by the attention function."""
-        if call.index in self.means:
+        if call.index in self.sums:
             raise ModaRuntimeError("a layer was called twice in one forward pass; use_cache and chunking must be off")
-        if not self.means:
+        if not self.sums:
             self.selections = selections(call.queries.modality, self.labels)
         output, mass = call.attend(num_modalities=call.num_modalities)
         assert mass is not None
-        rows = mass.transpose(1, 2)
-        self.means[call.index] = {
-            name: rows[chosen.to(rows.device)].mean(0, dtype=torch.float64).cpu().numpy()
-            for name, chosen in self.selections.items()
-        }
+        self.sums[call.index] = {kind: _summed(mass, chosen) for kind, chosen in self.selections.items()}
         return output
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The indices of the layers that were called."""
+        return tuple(sorted(self.sums))
 
-def selections(query_modality: Tensor, labels: Tensor | None) -> dict[tuple[int, bool], Tensor]:
+    def tallies(self) -> dict[Kind, Tally]:
+        """The sums, input by input, for every kind of query rows."""
+        return {
+            kind: Tally.of_heads(kind[0], rows.sum(1).cpu().numpy(), [self.sums[layer][kind] for layer in self.layers])
+            for kind, rows in self.selections.items()
+        }
+
+
+def _summed(mass: Tensor, chosen: Tensor) -> np.ndarray:
+    """(B, H, N, M + 1) over the rows chosen (B, N): (B, H, M + 1)."""
+    kept = mass.where(chosen.to(mass.device)[:, None, :, None], 0.0)
+    return kept.sum(2, dtype=torch.float64).cpu().numpy()
+
+
+def selections(query_modality: Tensor, labels: Tensor | None) -> dict[Kind, Tensor]:
     """(modality, answer rows alone) -> (B, N) bool, the query rows to look at; none that is empty.
 
     Raises:
