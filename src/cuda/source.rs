@@ -18,21 +18,33 @@ macro_rules! piece {
 /// Element types of every kernel, chosen by `-D DTYPE`, and their conversions.
 const TYPES: Piece = piece!("types.cuh");
 
+/// Layout of modality ids.
+const IDS: Piece = piece!("ids.cuh");
+
+/// Reading and checking the caller's ids.
+const READ_IDS: Piece = piece!("read_ids.cuh");
+
 /// One compilation unit of `kernels/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Source {
     /// The two softmaxes of "split" added.
     AttendSum,
+    /// Codes and summaries of modality ids.
+    Ids,
+    /// Pseudo-scores and their backward.
+    Sink,
 }
 
 impl Source {
     /// Every unit.
-    pub const ALL: &[Self] = &[Self::AttendSum];
+    pub const ALL: &[Self] = &[Self::AttendSum, Self::Ids, Self::Sink];
 
     /// Name of the unit in messages of the compiler.
     pub const fn name(self) -> &'static str {
         match self {
             Self::AttendSum => "attend_sum.cu",
+            Self::Ids => "ids.cu",
+            Self::Sink => "sink.cu",
         }
     }
 
@@ -40,6 +52,8 @@ impl Source {
     pub const fn pieces(self) -> &'static [Piece] {
         match self {
             Self::AttendSum => &[TYPES, piece!("attend_sum.cu")],
+            Self::Ids => &[TYPES, IDS, READ_IDS, piece!("ids.cu")],
+            Self::Sink => &[TYPES, IDS, READ_IDS, piece!("sink.cu")],
         }
     }
 
