@@ -29,7 +29,8 @@ impl Warp {
                 let size = bytes * to.len();
                 self.count_conflicts(space, address, size, active, at, block);
                 for (lane, address) in self.addresses(address, active) {
-                    self.load(block, lane, resolve(space, address), &mut buffer[..size]).map_err(|e| of_lane(lane, &e))?;
+                    self.load(block, lane, resolve(space, address), &mut buffer[..size])
+                        .map_err(|e| of_lane(lane, &e))?;
                     for (element, &to) in buffer.chunks(bytes).zip(to) {
                         let value = number(element);
                         let extended = extend.map(|bits| low(sign_extended(value, 8 * bytes as u32), bits));
@@ -63,7 +64,9 @@ impl Warp {
                     }
                 }
             }
-            Operation::CopyAsync { to, from, bytes, valid } => self.begin_copies(to, from, (bytes, valid), active, block)?,
+            Operation::CopyAsync { to, from, bytes, valid } => {
+                self.begin_copies(to, from, (bytes, valid), active, block)?
+            }
             Operation::CommitCopies => bits(active).for_each(|lane| self.groups[lane] += 1),
             Operation::WaitCopies(keep) => self.land_copies(keep, active, block),
             Operation::LoadMatrix { ref to, transposed, address } => {
@@ -138,7 +141,9 @@ impl Warp {
                     block.global.load(from, &mut copied)?;
                 } else if count > 0 {
                     if from % bytes as u64 != 0 {
-                        return Err(format!("global address {from:#x} is not aligned to the {bytes} bytes of the copy"));
+                        return Err(format!(
+                            "global address {from:#x} is not aligned to the {bytes} bytes of the copy"
+                        ));
                     }
                     for (at, byte) in copied[..count].iter_mut().enumerate() {
                         block.global.load(from + at as u64, std::slice::from_mut(byte))?;
@@ -219,7 +224,8 @@ impl Warp {
         if space != Space::Shared || !block.profile.conflicts_wanted {
             return;
         }
-        let words: Vec<_> = self.addresses(address, active).map(|(lane, address)| (lane, low(address, 32) / 4)).collect();
+        let words: Vec<_> =
+            self.addresses(address, active).map(|(lane, address)| (lane, low(address, 32) / 4)).collect();
         let each = size.div_ceil(4);
         let lanes = WARP / each.max(1);
         for phase in 0..each {

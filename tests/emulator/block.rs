@@ -63,20 +63,21 @@ impl Block<'_> {
             if here.len() != wanted {
                 continue;
             }
+            if wanted != warps.len() {
+                let message = "a barrier of a part of the block is not supported".to_owned();
+                return Err(Failure { trap: Trap { message, at: arrival.at }, warp: first as u32 });
+            }
             if let Some((vote, ..)) = arrival.reduce {
                 reduce(vote, &here, warps);
             }
             for &&(warp, _) in &here {
                 stops[warp] = None;
             }
-            if wanted == warps.len() {
-                self.shared.next_phase();
-            } else {
-                self.shared.meet(here.iter().fold(0, |met, (warp, _)| met | 1 << warp));
-            }
+            self.shared.next_phase();
             return Ok(());
         }
-        let missing: Vec<_> = (0..warps.len()).filter(|warp| !arrivals.iter().any(|(there, _)| there == warp)).collect();
+        let missing: Vec<_> =
+            (0..warps.len()).filter(|warp| !arrivals.iter().any(|(there, _)| there == warp)).collect();
         let message = match missing.as_slice() {
             [] => "warps wait at different barriers".to_owned(),
             _ => format!("warp {first} waits at a barrier that warps {missing:?} never reach: they have ended"),

@@ -95,7 +95,9 @@ fn encoder(to: Type, zero: bool, float: Float) -> Option<Encode> {
         (Type::F16, false) => Box::new(move |value| f16_bits(bounded(value))),
         (Type::BF16, false) => Box::new(move |value| bf16_bits(bounded(value))),
         (Type::F16, true) => Box::new(move |value| towards_zero(f16_bits(bounded(value)), bounded(value), f16_value)),
-        (Type::BF16, true) => Box::new(move |value| towards_zero(bf16_bits(bounded(value)), bounded(value), bf16_value)),
+        (Type::BF16, true) => {
+            Box::new(move |value| towards_zero(bf16_bits(bounded(value)), bounded(value), bf16_value))
+        }
         _ => return None,
     })
 }

@@ -155,7 +155,19 @@ fn larger(a: f64, b: f64, keep_nan: bool) -> f64 {
         (true, false) | (false, true) if keep_nan => f64::NAN,
         (true, false) => b,
         (false, true) => a,
-        _ if a == b => if a.is_sign_negative() { b } else { a },
-        _ => if a > b { a } else { b },
+        _ if a == b => {
+            if a.is_sign_negative() {
+                b
+            } else {
+                a
+            }
+        }
+        _ => {
+            if a > b {
+                a
+            } else {
+                b
+            }
+        }
     }
 }

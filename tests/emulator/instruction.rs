@@ -105,28 +105,85 @@ pub(crate) enum Operation {
     Compute3(Function<3>, Register, [Register; 3]),
     Compute4(Function<4>, Register, [Register; 4]),
     /// Elements of `bytes` each; a signed one is extended to `extend` bits.
-    Load { space: Space, address: Address, to: Vec<Register>, bytes: usize, extend: Option<u32> },
-    Store { space: Space, address: Address, from: Vec<Register>, bytes: usize },
-    Atomic { space: Space, address: Address, to: Option<Register>, operands: [Register; 2], bytes: usize, change: Change },
+    Load {
+        space: Space,
+        address: Address,
+        to: Vec<Register>,
+        bytes: usize,
+        extend: Option<u32>,
+    },
+    Store {
+        space: Space,
+        address: Address,
+        from: Vec<Register>,
+        bytes: usize,
+    },
+    Atomic {
+        space: Space,
+        address: Address,
+        to: Option<Register>,
+        operands: [Register; 2],
+        bytes: usize,
+        change: Change,
+    },
     Branch(usize),
     Exit,
     /// `reduce`: what it asks, of which predicate, and where the answer goes.
-    Barrier { id: Register, threads: Option<Register>, reduce: Option<(Vote, Register, Register)> },
+    Barrier {
+        id: Register,
+        threads: Option<Register>,
+        reduce: Option<(Vote, Register, Register)>,
+    },
     WarpSync(Register),
-    Shuffle { mode: Shuffle, to: Register, inside: Option<Register>, value: Register, lane: Register, clamp: Register, members: Register },
-    Vote { vote: Vote, to: Register, predicate: Register, members: Register },
+    Shuffle {
+        mode: Shuffle,
+        to: Register,
+        inside: Option<Register>,
+        value: Register,
+        lane: Register,
+        clamp: Register,
+        members: Register,
+    },
+    Vote {
+        vote: Vote,
+        to: Register,
+        predicate: Register,
+        members: Register,
+    },
     ActiveMask(Register),
     /// Lanes with the same value; `bytes` wide.
-    MatchAny { to: Register, value: Register, members: Register },
+    MatchAny {
+        to: Register,
+        value: Register,
+        members: Register,
+    },
     /// Folds the members' values.
-    Reduce { fold: Change, to: Register, value: Register, members: Register },
+    Reduce {
+        fold: Change,
+        to: Register,
+        value: Register,
+        members: Register,
+    },
     /// `valid`: how many bytes are read, zeros fill the rest.
-    CopyAsync { to: Address, from: Address, bytes: usize, valid: Option<Register> },
+    CopyAsync {
+        to: Address,
+        from: Address,
+        bytes: usize,
+        valid: Option<Register>,
+    },
     CommitCopies,
     /// Waits until at most so many groups are in flight; None: until nothing is.
     WaitCopies(Option<usize>),
-    LoadMatrix { to: Vec<Register>, transposed: bool, address: Address },
-    StoreMatrix { from: Vec<Register>, transposed: bool, address: Address },
+    LoadMatrix {
+        to: Vec<Register>,
+        transposed: bool,
+        address: Address,
+    },
+    StoreMatrix {
+        from: Vec<Register>,
+        transposed: bool,
+        address: Address,
+    },
     Multiply(super::matrix::Multiply),
     /// Orders memory, which here is in order anyway.
     Fence,
@@ -138,8 +195,8 @@ pub(crate) struct Instruction {
     pub(crate) guard: Option<Guard>,
     /// Line of the PTX text, from 1.
     pub(crate) line: usize,
-    /// Line of the CUDA source, from 1; 0 where the compiler named none.
-    pub(crate) source: usize,
+    /// Number of the file and line of the CUDA source, where the compiler named them.
+    pub(crate) source: Option<(usize, usize)>,
 }
 
 /// Registers whose value the launch decides.

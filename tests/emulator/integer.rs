@@ -110,12 +110,10 @@ pub(crate) fn ternary(name: &str, ty: Type) -> Option<Function<3>> {
         "mad.hi" if signed => {
             lanes(move |[a, b, c]| low(((wide_signed(a, b, bits) >> bits) as u64).wrapping_add(c), bits))
         }
-        "mad.hi" => lanes(move |[a, b, c]| {
-            low((((u128::from(a) * u128::from(b)) >> bits) as u64).wrapping_add(c), bits)
-        }),
-        "mad.wide" if signed => {
-            lanes(move |[a, b, c]| low((wide_signed(a, b, bits) as u64).wrapping_add(c), 2 * bits))
+        "mad.hi" => {
+            lanes(move |[a, b, c]| low((((u128::from(a) * u128::from(b)) >> bits) as u64).wrapping_add(c), bits))
         }
+        "mad.wide" if signed => lanes(move |[a, b, c]| low((wide_signed(a, b, bits) as u64).wrapping_add(c), 2 * bits)),
         "mad.wide" => lanes(move |[a, b, c]| low(a.wrapping_mul(b).wrapping_add(c), 2 * bits)),
         "bfe" => lanes(move |[a, start, length]| extracted(a, low(start, 8) as u32, low(length, 8) as u32, ty)),
         "prmt" => lanes(|[a, b, selector]| permuted(a | b << 32, selector)),

@@ -68,7 +68,11 @@ impl<'a> Opcode<'a> {
 
     /// Every modifier must have been dealt with.
     fn done(&self) -> Result<(), String> {
-        if self.modifiers.is_empty() { Ok(()) } else { Err(format!("{} with {:?} is not supported", self.name, self.modifiers)) }
+        if self.modifiers.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{} with {:?} is not supported", self.name, self.modifiers))
+        }
     }
 }
 
@@ -133,7 +137,8 @@ impl Builder {
         if name == "lop3" {
             let [a, b, c, table] = exactly(sources)?;
             let from = [self.value(a, ty)?, self.value(b, ty)?, self.value(c, ty)?];
-            let table = u64::from_str_radix(table.trim_start_matches("0x"), if table.starts_with("0x") { 16 } else { 10 });
+            let table =
+                u64::from_str_radix(table.trim_start_matches("0x"), if table.starts_with("0x") { 16 } else { 10 });
             let function = integer::lookup(table.map_err(|error| error.to_string())?);
             self.push(Operation::Compute3(function, to, from));
             return Ok(());
@@ -180,17 +185,23 @@ impl Builder {
                 for (at, target) in targets.into_iter().enumerate().filter(|&(_, target)| target != "_") {
                     let to = self.target(target)?.register;
                     let shift = bits * at as u32;
-                    self.push(Operation::Compute1(integer::lanes(move |[a]| integer::low(a >> shift, bits)), to, [from]));
+                    self.push(Operation::Compute1(
+                        integer::lanes(move |[a]| integer::low(a >> shift, bits)),
+                        to,
+                        [from],
+                    ));
                 }
             }
             (1, parts) => {
                 let to = self.target(to)?.register;
                 let bits = ty.bits() / parts as u32;
-                let from = sources.iter().map(|source| self.value(source, part_type(bits))).collect::<Result<Vec<_>, _>>()?;
+                let from =
+                    sources.iter().map(|source| self.value(source, part_type(bits))).collect::<Result<Vec<_>, _>>()?;
                 match *from {
                     [a, b] => self.push(Operation::Compute2(integer::lanes(move |[a, b]| a | b << bits), to, [a, b])),
                     [a, b, c, d] => {
-                        let joined = integer::lanes(move |[a, b, c, d]| a | b << bits | c << (2 * bits) | d << (3 * bits));
+                        let joined =
+                            integer::lanes(move |[a, b, c, d]| a | b << bits | c << (2 * bits) | d << (3 * bits));
                         self.push(Operation::Compute4(joined, to, [a, b, c, d]));
                     }
                     _ => return Err(format!("a move of {parts} parts")),
@@ -289,7 +300,8 @@ impl Builder {
         let ty = opcode.ty()?;
         let space = opcode.space();
         // Cache hints. A volatile or relaxed access is an access: here each is made where it stands.
-        let hints = ["nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "volatile", "relaxed", "gpu", "cta", "weak", "sys"];
+        let hints =
+            ["nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "volatile", "relaxed", "gpu", "cta", "weak", "sys"];
         opcode.ignore(|part| hints.contains(&part) || part.starts_with("L1::") || part.starts_with("L2::"));
         opcode.ignore(|part| part == "v2" || part == "v4");
         let bytes = ty.bits() as usize / 8;
@@ -317,9 +329,14 @@ impl Builder {
         let ty = opcode.ty()?;
         let space = opcode.space();
         opcode.ignore(|part| ["relaxed", "acquire", "release", "acq_rel", "gpu", "cta", "sys"].contains(&part));
-        let kind = opcode.choose(&["add", "min", "max", "and", "or", "xor", "exch", "cas"]).ok_or("an unknown atomic")?;
-        let (to, operands) = if opcode.name == "atom" { operands.split_first().map(|(to, rest)| (Some(to), rest)) } else { Some((None, operands)) }
-            .ok_or("no operands")?;
+        let kind =
+            opcode.choose(&["add", "min", "max", "and", "or", "xor", "exch", "cas"]).ok_or("an unknown atomic")?;
+        let (to, operands) = if opcode.name == "atom" {
+            operands.split_first().map(|(to, rest)| (Some(to), rest))
+        } else {
+            Some((None, operands))
+        }
+        .ok_or("no operands")?;
         let address = self.address(operands.first().ok_or("no address")?)?;
         let values = operands[1..].iter().map(|value| self.value(value, ty)).collect::<Result<Vec<_>, _>>()?;
         let first = *values.first().ok_or("no value")?;
@@ -369,7 +386,9 @@ pub(super) fn change(kind: &str, ty: Type) -> Option<super::instruction::Change>
     if !ty.is_integer() {
         return None; // floats would make the result depend on the order of the blocks
     }
-    let wide = move |value: u64| if ty.is_signed() { i128::from(integer::sign_extended(value, bits) as i64) } else { i128::from(value) };
+    let wide = move |value: u64| {
+        if ty.is_signed() { i128::from(integer::sign_extended(value, bits) as i64) } else { i128::from(value) }
+    };
     Some(match kind {
         "add" => Box::new(move |old, value, _| integer::low(old.wrapping_add(value), bits)),
         "min" => Box::new(move |old, value, _| if wide(value) < wide(old) { value } else { old }),

@@ -148,9 +148,17 @@ impl Global {
     pub(crate) fn contents(&self, address: u64) -> Checked<&[u8]> {
         let buffer = &self.buffers[(address >> SPAN) as usize - 1];
         match buffer.written.iter().position(|&written| !written) {
-            Some(byte) => Err(format!("byte {byte} of {} ({} bytes) was never written", buffer.name, buffer.bytes.len())),
+            Some(byte) => {
+                Err(format!("byte {byte} of {} ({} bytes) was never written", buffer.name, buffer.bytes.len()))
+            }
             None => Ok(&buffer.bytes),
         }
+    }
+
+    /// What a buffer holds, and which bytes of it were written.
+    pub(crate) fn raw(&self, address: u64) -> (&[u8], &[bool]) {
+        let buffer = &self.buffers[(address >> SPAN) as usize - 1];
+        (&buffer.bytes, &buffer.written)
     }
 }
 

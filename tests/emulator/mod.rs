@@ -32,4 +32,4 @@ mod scan;
 mod shared;
 mod warp;
 
-pub(crate) use gpu::{Fault, Gpu, Source};
+pub(crate) use gpu::Gpu;

@@ -6,9 +6,16 @@ use super::memory::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 use super::scan::{Statement, statements};
 use std::collections::HashMap;
 
-/// Every kernel of a module, by name.
-pub(crate) fn parse(text: &str) -> Result<Vec<Kernel>, String> {
-    let mut kernels = Vec::new();
+/// The kernels of a PTX text, and the files that its line numbers are of.
+#[derive(Default)]
+pub(crate) struct Module {
+    pub(crate) kernels: Vec<Kernel>,
+    pub(crate) files: HashMap<usize, String>,
+}
+
+/// A whole PTX text.
+pub(crate) fn parse(text: &str) -> Result<Module, String> {
+    let mut module = Module::default();
     let mut shared = Vec::new();
     let mut statements = statements(text)?.into_iter();
     while let Some((line, statement)) = statements.next() {
@@ -21,14 +28,17 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Kernel>, String> {
             let mut builder = Builder::new(&directive).map_err(fail)?;
             shared.iter().try_for_each(|text: &String| builder.declare_shared(text))?;
             builder.body(&mut statements)?;
-            kernels.push(builder.finish()?);
+            module.kernels.push(builder.finish()?);
         } else if words.contains(&".shared") {
             shared.push(directive);
-        } else if ![".version", ".target", ".address_size", ".file"].contains(&words[0]) {
+        } else if let [".file", number, path, ..] = words[..] {
+            let name = path.trim_matches('"').rsplit('/').next().unwrap_or_default();
+            module.files.insert(number.parse().map_err(|_| fail("a file without number".to_owned()))?, name.to_owned());
+        } else if ![".version", ".target", ".address_size"].contains(&words[0]) {
             return Err(fail(format!("{directive:?} is not supported outside of a function")));
         }
     }
-    Ok(kernels)
+    Ok(module)
 }
 
 /// Where a name leads to.
@@ -72,7 +82,7 @@ pub(super) struct Builder {
     branches: Vec<(usize, String, Vec<usize>)>,
     guard: Option<Guard>,
     line: usize,
-    source: usize,
+    source: Option<(usize, usize)>,
 }
 
 impl Builder {
@@ -103,7 +113,7 @@ impl Builder {
             branches: Vec::new(),
             guard: None,
             line: 0,
-            source: 0,
+            source: None,
         };
         for parameter in parameters.split(',').filter(|text| !text.trim().is_empty()) {
             let (name, size, align) = variable(parameter)?;
@@ -132,11 +142,14 @@ impl Builder {
                     Ok(())
                 }
                 Statement::Label(name) => {
-                    self.labels.insert((self.scope().number, name), self.kernel.instructions.len());
+                    let scope = self.scope().number;
+                    self.labels.insert((scope, name), self.kernel.instructions.len());
                     Ok(())
                 }
                 Statement::Directive(text) => self.directive(&text),
-                Statement::Instruction(ref text) => self.instruction(text).map_err(|error| format!("{error}, in {text:?}")),
+                Statement::Instruction(ref text) => {
+                    self.instruction(text).map_err(|error| format!("{error}, in {text:?}"))
+                }
             };
             done.map_err(|error| format!("PTX line {line}: {error}"))?;
         }
@@ -159,7 +172,10 @@ impl Builder {
                 Ok(())
             }
             ".loc" => {
-                self.source = text.split_whitespace().nth(2).and_then(|line| line.parse().ok()).unwrap_or(0);
+                let numbers =
+                    text.split_whitespace().skip(1).map_while(|number| number.parse().ok()).collect::<Vec<_>>();
+                // Line 0 is the compiler's own doing.
+                self.source = numbers.get(1).filter(|&&line| line > 0).map(|&line| (numbers[0], line));
                 Ok(())
             }
             ".pragma" => Ok(()),

@@ -111,19 +111,14 @@ impl Warp {
 
     /// Runs until the warp ends or stands at a barrier.
     pub(crate) fn run(&mut self, kernel: &Kernel, block: &mut Block) -> Result<Stop, Trap> {
-        let mut current = 0;
         loop {
-            if self.fronts.len() != 1 || self.fronts[0].waiting {
-                match self.settle()? {
-                    Some(front) => current = front,
-                    None => return Ok(Stop::Ended),
-                }
-            } else {
-                current = 0;
-            }
+            let alone = self.fronts.len() == 1 && !self.fronts[0].waiting;
+            let current = if alone { Some(0) } else { self.settle()? };
+            let Some(current) = current else { return Ok(Stop::Ended) };
             let Front { next: at, mask, .. } = self.fronts[current];
             let trap = |message: String| Trap { message, at };
-            let instruction = kernel.instructions.get(at).ok_or_else(|| trap("beyond the last instruction".to_owned()))?;
+            let instruction =
+                kernel.instructions.get(at).ok_or_else(|| trap("beyond the last instruction".to_owned()))?;
             self.executed += 1;
             block.profile.executed[at] += 1;
             if self.executed > ENDLESS {
@@ -205,7 +200,11 @@ impl Warp {
             Operation::Fence => {}
             Operation::Barrier { id, threads, reduce } => {
                 if active != self.existing {
-                    return if front == active && front != self.alive() { Ok(Flow::Wait) } else { Err(self.missing(active)) };
+                    return if front == active && front != self.alive() {
+                        Ok(Flow::Wait)
+                    } else {
+                        Err(self.missing(active))
+                    };
                 }
                 let uniform = |register: Register| self.registers[register][active.trailing_zeros() as usize];
                 let arrival = Arrival { id: uniform(id), threads: threads.map(uniform), reduce, at };
@@ -221,7 +220,9 @@ impl Warp {
                 }
                 self.collective(operation, active)?;
             }
-            Operation::ActiveMask(to) => self.compute(&super::integer::lanes(move |[]| u64::from(active)), to, [], active),
+            Operation::ActiveMask(to) => {
+                self.compute(&super::integer::lanes(move |[]| u64::from(active)), to, [], active)
+            }
             Operation::Multiply(ref multiply) => {
                 self.whole(active)?;
                 for (to, values) in multiply.d.iter().zip(multiply.run(&self.registers)) {
