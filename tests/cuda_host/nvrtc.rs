@@ -1,4 +1,4 @@
-//! The run-time compiler: found, loaded, and what it says of good and bad texts. Needs NVRTC, not a GPU.
+//! The run-time compiler: found, loaded, and what it says of good and bad texts.
 
 use moda_attn::Error;
 use moda_attn::cuda::nvrtc::{Nvrtc, Want};
