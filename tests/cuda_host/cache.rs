@@ -110,7 +110,7 @@ fn writers_at_once_leave_one_whole_file() {
                     compiled.fetch_add(1, Ordering::Relaxed);
                     Ok(vec![5; 1 << 20])
                 });
-                assert_eq!(&*image.unwrap(), [5; 1 << 20]);
+                assert!(image.unwrap().iter().all(|&byte| byte == 5));
             });
         }
     });

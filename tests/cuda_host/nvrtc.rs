@@ -1,9 +1,12 @@
 //! The run-time compiler: found, loaded, and what it says of good and bad texts.
 
+use crate::cache::folder;
 use moda_attn::Error;
-use moda_attn::cuda::nvrtc::{Nvrtc, Want};
+use moda_attn::cuda::nvrtc::{Nvrtc, Want, code_for};
 use moda_attn::cuda::{Kernel, Source};
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
 
 #[test]
 fn every_architecture_gets_machine_code_and_a_report() {
@@ -42,10 +45,37 @@ fn a_path_that_is_asked_for_and_wrong_is_an_error_not_a_fallback() {
 }
 
 #[test]
-fn folders_without_it_are_named() {
-    let Err(error) = Nvrtc::find(None, &[PathBuf::from("/nowhere/lib")]) else {
-        println!("skipped: this machine has NVRTC among the system's libraries, or it is loaded already");
+fn places_without_it_are_named() {
+    const INSIDE: &str = "MODA_ATTN_TEST_PLACES";
+    if env::var_os(INSIDE).is_none() {
+        // A process of its own: the other tests here load the library, and what is loaded is found.
+        let mut command = Command::new(env::current_exe().unwrap());
+        command.args(["--exact", "nvrtc::places_without_it_are_named", "--nocapture"]).env(INSIDE, "1");
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         return;
-    };
-    assert!(error.to_string().contains("/nowhere/lib"), "{error}");
+    }
+    let folder = folder("places");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("libnvrtc.so.13"), "not a library").unwrap();
+    match Nvrtc::find(None, &[PathBuf::from("/nowhere/lib"), folder.clone()]) {
+        Ok(found) => println!("skipped: {} is among the system's libraries", found.origin()),
+        Err(error) => {
+            let message = error.to_string();
+            for place in ["already loaded", "/nowhere/lib, ", folder.to_str().unwrap(), "the system's libraries"] {
+                assert!(message.contains(place), "{message}");
+            }
+        }
+    }
+    fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn an_architecture_gets_its_own_code_or_what_the_driver_finishes() {
+    let known = [80, 86, 90, 120];
+    assert_eq!(code_for((9, 0), &known), Some(((9, 0), Want::Cubin)));
+    assert_eq!(code_for((8, 9), &known), Some(((8, 6), Want::Ptx)));
+    assert_eq!(code_for((13, 0), &known), Some(((12, 0), Want::Ptx)));
+    assert_eq!(code_for((7, 5), &known), None);
+    assert!(Nvrtc::get().unwrap().architectures().contains(&90));
 }
