@@ -6,4 +6,7 @@ mod common;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 
+mod arithmetic;
+mod kernel;
 mod sum;
+mod warps;
