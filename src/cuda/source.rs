@@ -1,22 +1,37 @@
 //! The CUDA C++ texts, embedded in the library. A text is its pieces one after the other: there is no `#include`.
 
+/// A file of `kernels/`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Its name there.
+    pub name: &'static str,
+    /// What it holds.
+    pub text: &'static str,
+}
+
+macro_rules! piece {
+    ($name:literal) => {
+        Piece { name: $name, text: include_str!(concat!("kernels/", $name)) }
+    };
+}
+
 /// Element types of every kernel, chosen by `-D DTYPE`, and their conversions.
-const TYPES: &str = include_str!("kernels/types.cuh");
+const TYPES: Piece = piece!("types.cuh");
 
 /// Layout of modality ids.
-const IDS: &str = include_str!("kernels/ids.cuh");
+const IDS: Piece = piece!("ids.cuh");
 
 /// Reading and checking the caller's ids.
-const READ_IDS: &str = include_str!("kernels/read_ids.cuh");
+const READ_IDS: Piece = piece!("read_ids.cuh");
 
 /// Products of panels in shared memory.
-const SUMS: &str = include_str!("kernels/sums.cuh");
+const SUMS: Piece = piece!("sums.cuh");
 
 /// The D x D matrices of a head.
-const MATRICES: &str = include_str!("kernels/matrices.cuh");
+const MATRICES: Piece = piece!("matrices.cuh");
 
 /// Tiles of tokens.
-const TOKENS: &str = include_str!("kernels/tokens.cuh");
+const TOKENS: Piece = piece!("tokens.cuh");
 
 /// One compilation unit of `kernels/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -70,22 +85,28 @@ impl Source {
         }
     }
 
-    const fn pieces(self) -> &'static [&'static str] {
+    /// What it is made of, in order.
+    pub const fn pieces(self) -> &'static [Piece] {
         match self {
-            Self::AttendSum => &[TYPES, include_str!("kernels/attend_sum.cu")],
-            Self::Ids => &[TYPES, IDS, READ_IDS, include_str!("kernels/ids.cu")],
-            Self::Sink => &[TYPES, IDS, READ_IDS, include_str!("kernels/sink.cu")],
-            Self::OuterSums => &[TYPES, IDS, SUMS, include_str!("kernels/outer_sums.cu")],
-            Self::Basis => &[TYPES, include_str!("kernels/basis.cu")],
-            Self::Maps => &[TYPES, SUMS, MATRICES, include_str!("kernels/maps.cu")],
-            Self::AlignKeys => &[TYPES, IDS, SUMS, TOKENS, include_str!("kernels/align_keys.cu")],
-            Self::MapGradients => &[TYPES, SUMS, MATRICES, include_str!("kernels/map_gradients.cu")],
-            Self::TokenGradients => &[TYPES, IDS, SUMS, TOKENS, include_str!("kernels/token_gradients.cu")],
+            Self::AttendSum => &[TYPES, piece!("attend_sum.cu")],
+            Self::Ids => &[TYPES, IDS, READ_IDS, piece!("ids.cu")],
+            Self::Sink => &[TYPES, IDS, READ_IDS, piece!("sink.cu")],
+            Self::OuterSums => &[TYPES, IDS, SUMS, piece!("outer_sums.cu")],
+            Self::Basis => &[TYPES, piece!("basis.cu")],
+            Self::Maps => &[TYPES, SUMS, MATRICES, piece!("maps.cu")],
+            Self::AlignKeys => &[TYPES, IDS, SUMS, TOKENS, piece!("align_keys.cu")],
+            Self::MapGradients => &[TYPES, SUMS, MATRICES, piece!("map_gradients.cu")],
+            Self::TokenGradients => &[TYPES, IDS, SUMS, TOKENS, piece!("token_gradients.cu")],
         }
     }
 
     /// The whole text.
     pub fn text(self) -> String {
-        self.pieces().concat()
+        joined(self.pieces().iter().map(|piece| (piece.name, piece.text)))
     }
+}
+
+/// One text of several, in which the compiler still names each by its own name and lines.
+pub fn joined<'a>(pieces: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
+    pieces.into_iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n")).collect()
 }

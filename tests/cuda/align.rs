@@ -1,6 +1,8 @@
 //! Duplex alignment, forward and backward.
 
-use crate::common::{AlignBuffers, AlignCase, AlignGradientBuffers, AlignOptions, Context, Layout, Padding, Rng, Storage};
+use crate::common::{
+    AlignBuffers, AlignCase, AlignGradientBuffers, AlignOptions, Context, Layout, Padding, Rng, Storage,
+};
 use crate::common::{Tensor, assert_close, tolerance};
 use crate::device::{ids, input, output, record, values};
 use crate::emulator::{Gpu, Plain};
@@ -98,18 +100,37 @@ fn cases(dims: [usize; 4], tokens: [usize; 4]) -> [AlignOptions; 4] {
     };
     [
         AlignOptions { padding: Padding::Right, basis_used: true, ..some(0) },
-        AlignOptions { kind: Basis::Gram, layout: Layout::Interleaved, modalities: 3, context: Context::Prompt, ..some(1) },
+        AlignOptions {
+            kind: Basis::Gram,
+            layout: Layout::Interleaved,
+            modalities: 3,
+            context: Context::Prompt,
+            ..some(1)
+        },
         AlignOptions { padding: Padding::WholeRow, layout: Layout::Last, given: true, ..some(2) },
-        AlignOptions { padding: Padding::Left, layout: Layout::First, context: Context::Empty, modalities: 1, batch: 1, ..some(3) },
+        AlignOptions {
+            padding: Padding::Left,
+            layout: Layout::First,
+            context: Context::Empty,
+            modalities: 1,
+            batch: 1,
+            ..some(3)
+        },
     ]
 }
 
 #[test]
 fn float32_matches_the_specification() {
-    cases([32, 40, 64, 72], [70, 63, 1, 33]).into_iter().zip(0..).for_each(|(options, seed)| check::<f32>(options, seed));
+    cases([32, 40, 64, 72], [70, 63, 1, 33])
+        .into_iter()
+        .zip(0..)
+        .for_each(|(options, seed)| check::<f32>(options, seed));
 }
 
 #[test]
 fn float64_matches_the_specification() {
-    cases([40, 32, 32, 64], [33, 65, 7, 16]).into_iter().zip(4..).for_each(|(options, seed)| check::<f64>(options, seed));
+    cases([40, 32, 32, 64], [33, 65, 7, 16])
+        .into_iter()
+        .zip(4..)
+        .for_each(|(options, seed)| check::<f64>(options, seed));
 }
