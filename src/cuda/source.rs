@@ -27,6 +27,9 @@ const READ_IDS: Piece = piece!("read_ids.cuh");
 /// Products of panels in shared memory.
 const SUMS: Piece = piece!("sums.cuh");
 
+/// Unit keys.
+const UNIT_KEYS: Piece = piece!("unit_keys.cuh");
+
 /// The D x D matrices of a head.
 const MATRICES: Piece = piece!("matrices.cuh");
 
@@ -91,12 +94,12 @@ impl Source {
             Self::AttendSum => &[TYPES, piece!("attend_sum.cu")],
             Self::Ids => &[TYPES, IDS, READ_IDS, piece!("ids.cu")],
             Self::Sink => &[TYPES, IDS, READ_IDS, piece!("sink.cu")],
-            Self::OuterSums => &[TYPES, IDS, SUMS, piece!("outer_sums.cu")],
+            Self::OuterSums => &[TYPES, IDS, SUMS, UNIT_KEYS, piece!("outer_sums.cu")],
             Self::Basis => &[TYPES, piece!("basis.cu")],
             Self::Maps => &[TYPES, SUMS, MATRICES, piece!("maps.cu")],
-            Self::AlignKeys => &[TYPES, IDS, SUMS, TOKENS, piece!("align_keys.cu")],
+            Self::AlignKeys => &[TYPES, IDS, SUMS, UNIT_KEYS, TOKENS, piece!("align_keys.cu")],
             Self::MapGradients => &[TYPES, SUMS, MATRICES, piece!("map_gradients.cu")],
-            Self::TokenGradients => &[TYPES, IDS, SUMS, TOKENS, piece!("token_gradients.cu")],
+            Self::TokenGradients => &[TYPES, IDS, SUMS, UNIT_KEYS, TOKENS, piece!("token_gradients.cu")],
         }
     }
 

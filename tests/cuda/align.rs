@@ -30,6 +30,7 @@ fn problem<T: Element<Acc: Plain> + Plain>(gpu: &mut Gpu, case: &AlignCase<T>) -
         basis: case.basis.as_ref().map(|basis| input(gpu, basis)),
         kind: case.options.kind,
         eps: case.eps.to_f64(),
+        dim: case.options.dim,
     }
 }
 

@@ -6,7 +6,7 @@ use crate::emulator::{Gpu, Plain};
 use moda_attn::cuda::DeviceTensor;
 use moda_attn::cuda::align::{pseudo_sink, pseudo_sink_backward};
 use moda_attn::cuda::problem::{SinkProblem, Target};
-use moda_attn::dtype::{DType, Element, Real};
+use moda_attn::dtype::{DType, Real};
 use moda_attn::ids::Ids;
 use moda_attn::problem::SinkProblem as HostProblem;
 use moda_attn::spec::mask;

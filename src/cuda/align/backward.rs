@@ -103,7 +103,9 @@ crate::parameters! {
         pub blocks: i64,
         /// M.
         pub modalities: i64,
-        /// Added to every component of a key.
+        /// Real components of a key.
+        pub dim: i64,
+        /// Added to each of them.
         pub eps: f64,
     }
 }
@@ -255,6 +257,7 @@ impl Plan<'_> {
             tokens: sizes.tokens as i64,
             blocks: rooms.common.codes.blocks() as i64,
             modalities: sizes.modalities as i64,
+            dim: problem.dim as i64,
             eps: problem.eps,
         };
         let options = [("GRAM", problem.kind == Basis::Gram), ("COMPUTED", upstream.computed)];

@@ -26,7 +26,9 @@ crate::parameters! {
         pub tokens: i64,
         /// B H N.
         pub rows: i64,
-        /// Added to every component of a key.
+        /// Real components of a key.
+        pub dim: i64,
+        /// Added to each of them.
         pub eps: f64,
     }
 }
@@ -90,7 +92,9 @@ crate::parameters! {
         pub blocks: i64,
         /// M.
         pub modalities: i64,
-        /// Added to every component of a key.
+        /// Real components of a key.
+        pub dim: i64,
+        /// Added to each of them.
         pub eps: f64,
     }
 }
@@ -193,6 +197,7 @@ pub fn forward(problem: &AlignProblem, outputs: &AlignOutputs, workspace: u64) -
         tokens: sizes.tokens as i64,
         blocks: common.codes.blocks() as i64,
         modalities: sizes.modalities as i64,
+        dim: problem.dim as i64,
         eps: problem.eps,
     };
     let count = plan.token_tiles();
@@ -218,6 +223,7 @@ impl Plan<'_> {
             heads: sizes.heads as i64,
             tokens: sizes.tokens as i64,
             rows: rows as i64,
+            dim: problem.dim as i64,
             eps: problem.eps,
         };
         self.launch((Source::Basis, "unit_norms"), &[], rows.div_ceil(THREADS as usize / 32), &params)

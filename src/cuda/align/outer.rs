@@ -47,7 +47,9 @@ crate::parameters! {
         pub parts: i64,
         /// M.
         pub modalities: i64,
-        /// Added to every component of a key.
+        /// Real components of a key.
+        pub dim: i64,
+        /// Added to each of them.
         pub eps: f64,
     }
 }
@@ -143,6 +145,7 @@ impl Plan<'_> {
             part_blocks: cut.part_blocks as i64,
             parts: cut.parts as i64,
             modalities: sizes.modalities as i64,
+            dim: self.problem.dim as i64,
             eps: self.problem.eps,
         };
         let count = cut.matrices() * sizes.modalities * tiles(self.problem, &sizes);
