@@ -111,5 +111,6 @@ impl Source {
 
 /// One text of several, in which the compiler still names each by its own name and lines.
 pub fn joined<'a>(pieces: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
-    pieces.into_iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n")).collect()
+    let lines = pieces.into_iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n"));
+    lines.collect::<Vec<_>>().concat()
 }

@@ -7,7 +7,10 @@ mod common;
 mod emulator;
 
 mod align;
+mod arithmetic;
 mod device;
 mod ids;
+mod kernel;
 mod sink;
 mod sum;
+mod warps;
