@@ -10,6 +10,7 @@
 //! | `launch` | [`Kernel`] (a source and its defines) and [`Launch`] (a kernel, its grid and the bytes of its argument) |
 //! | `workspace` | where in one allocation each intermediate result lies |
 //! | `source` | the CUDA C++ texts under `kernels/`, assembled |
+//! | `ids` | modality ids prepared for the kernels |
 //! | `attend`, `align` | plans: from a problem to the launches that solve it |
 //! | `nvrtc` | the run-time compiler: found, loaded, called |
 //!
@@ -17,6 +18,7 @@
 
 pub mod align;
 pub mod attend;
+pub mod ids;
 pub mod launch;
 pub mod nvrtc;
 pub mod problem;

@@ -13,22 +13,30 @@ from .report import BalanceReport, RowBalance
 from .statistics import balance_of_masses
 
 # Public name -> the module that defines it; these import torch.
-_OF_MODELS = {"attention_balance": "measure", "balance_over": "dataset"}
+_OF_MODELS = {
+    "ReceivedAttention": "received",
+    "attention_balance": "measure",
+    "balance_over": "dataset",
+    "received_attention": "received",
+}
 
 __all__ = [
     "BalanceComparison",
     "BalanceReport",
+    "ReceivedAttention",
     "RowBalance",
     "RowComparison",
     "attention_balance",
     "balance_of_masses",
     "balance_over",
     "compare",
+    "received_attention",
 ]
 
 if TYPE_CHECKING:
     from .dataset import balance_over
     from .measure import attention_balance
+    from .received import ReceivedAttention, received_attention
 
 
 def __getattr__(name: str) -> Any:
