@@ -89,11 +89,14 @@ class BalanceComparison:
 
         return changes_frame(self)
 
-    def plot(self, **options: Any) -> Figure:
-        """The layer profiles of both, one above the other; options as in `moda_attn.analysis.plot.comparison`."""
-        from .plot import comparison
+    def plot(self, kind: str = "profile", **options: Any) -> Figure:
+        """A picture: "profile" (masses over the layers, side by side) or "measures" (each from before to after).
 
-        return comparison(self, **options)
+        ``options`` go to the function of `moda_attn.analysis.plot`.
+        """
+        from .plot import draw_comparison
+
+        return draw_comparison(self, kind, **options)
 
     def __str__(self) -> str:
         from .table import comparison_table

@@ -62,7 +62,7 @@ def draw_profile(axes: Axes, layers: tuple[int, ...], row: RowBalance, theme: Th
     """The three masses as lines with their bands."""
     lines = (
         ("own modality", row.self_mass, theme.own, "-", "o"),
-        ("other modalities", row.cross_mass, theme.cross, (0, (4, 1.6)), "s"),
+        ("others", row.cross_mass, theme.cross, (0, (4, 1.6)), "s"),
         ("pseudo-scores", row.pseudo_mass, theme.pseudo, (0, (1, 1.4)), "D"),
     )
     top = 1.0

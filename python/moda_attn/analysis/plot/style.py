@@ -115,7 +115,7 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.03, hspace=0.04)
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.03, hspace=0.04)
     FigureCanvasAgg(figure)
     return figure
 
@@ -140,8 +140,8 @@ def legend_of_figure(figure: Figure, panels: Sequence[Axes]) -> None:
         loc="outside upper left",
         ncols=len(entries),
         handlelength=2.2,
-        handletextpad=0.6,
-        columnspacing=1.5,
+        handletextpad=0.5,
+        columnspacing=1.3,
         borderaxespad=0.3,
     )
 
