@@ -1,13 +1,28 @@
 //! The CUDA C++ texts, embedded in the library. A text is its pieces one after the other: there is no `#include`.
 
+/// A file of `kernels/`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Its name there.
+    pub name: &'static str,
+    /// What it holds.
+    pub text: &'static str,
+}
+
+macro_rules! piece {
+    ($name:literal) => {
+        Piece { name: $name, text: include_str!(concat!("kernels/", $name)) }
+    };
+}
+
 /// Element types of every kernel, chosen by `-D DTYPE`, and their conversions.
-const TYPES: &str = include_str!("kernels/types.cuh");
+const TYPES: Piece = piece!("types.cuh");
 
 /// Layout of modality ids.
-const IDS: &str = include_str!("kernels/ids.cuh");
+const IDS: Piece = piece!("ids.cuh");
 
 /// Reading and checking the caller's ids.
-const READ_IDS: &str = include_str!("kernels/read_ids.cuh");
+const READ_IDS: Piece = piece!("read_ids.cuh");
 
 /// One compilation unit of `kernels/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -33,16 +48,23 @@ impl Source {
         }
     }
 
-    const fn pieces(self) -> &'static [&'static str] {
+    /// What it is made of, in order.
+    pub const fn pieces(self) -> &'static [Piece] {
         match self {
-            Self::AttendSum => &[TYPES, include_str!("kernels/attend_sum.cu")],
-            Self::Ids => &[TYPES, IDS, READ_IDS, include_str!("kernels/ids.cu")],
-            Self::Sink => &[TYPES, IDS, READ_IDS, include_str!("kernels/sink.cu")],
+            Self::AttendSum => &[TYPES, piece!("attend_sum.cu")],
+            Self::Ids => &[TYPES, IDS, READ_IDS, piece!("ids.cu")],
+            Self::Sink => &[TYPES, IDS, READ_IDS, piece!("sink.cu")],
         }
     }
 
     /// The whole text.
     pub fn text(self) -> String {
-        self.pieces().concat()
+        joined(self.pieces().iter().map(|piece| (piece.name, piece.text)))
     }
+}
+
+/// One text of several, in which the compiler still names each by its own name and lines.
+pub fn joined<'a>(pieces: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
+    let lines = pieces.into_iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n"));
+    lines.collect::<Vec<_>>().concat()
 }

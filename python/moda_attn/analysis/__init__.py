@@ -14,15 +14,18 @@ from .statistics import balance_of_masses
 
 # Public name -> the module that defines it; these import torch.
 _OF_MODELS = {
+    "GenerationBalance": "generation",
     "ReceivedAttention": "received",
     "attention_balance": "measure",
     "balance_over": "dataset",
+    "generation_balance": "generation",
     "received_attention": "received",
 }
 
 __all__ = [
     "BalanceComparison",
     "BalanceReport",
+    "GenerationBalance",
     "ReceivedAttention",
     "RowBalance",
     "RowComparison",
@@ -30,11 +33,13 @@ __all__ = [
     "balance_of_masses",
     "balance_over",
     "compare",
+    "generation_balance",
     "received_attention",
 ]
 
 if TYPE_CHECKING:
     from .dataset import balance_over
+    from .generation import GenerationBalance, generation_balance
     from .measure import attention_balance
     from .received import ReceivedAttention, received_attention
 
