@@ -73,9 +73,9 @@ class Browser:
             raise RuntimeError(str(result["exceptionDetails"]))
         return result["result"].get("value")
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page, as PNG."""
-        picture = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+    def screenshot(self, path: Path, *, whole: bool = False) -> None:
+        """What the screen shows, or all of the page, as PNG."""
+        picture = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(picture["data"]))
 
     def complaints(self) -> list[str]:

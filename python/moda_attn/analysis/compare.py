@@ -84,7 +84,7 @@ class BalanceComparison:
         return write_json(self.to_dict(), path)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A row per kind of query rows and measure; see `moda_attn.analysis.frames.changes_frame`."""
+        """A row for every kind of query rows and measure; see `moda_attn.analysis.frames.changes_frame`."""
         from .frames import changes_frame
 
         return changes_frame(self)
@@ -97,6 +97,12 @@ class BalanceComparison:
         from .plot import draw_comparison
 
         return draw_comparison(self, kind, **options)
+
+    def to_html(self, path: str | Path, **options: Any) -> Path:
+        """Writes one self-contained page; ``options`` as in `moda_attn.analysis.html.ReportPage`."""
+        from .html import ReportPage
+
+        return ReportPage(self, **options).write(path)
 
     def __str__(self) -> str:
         from .table import comparison_table

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .page import ReportPage, SeenImage
+from .page import Answer, ReportPage, SeenImage
 
-__all__ = ["ReportPage", "SeenImage"]
+__all__ = ["Answer", "ReportPage", "SeenImage"]

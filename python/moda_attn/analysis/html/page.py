@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from ..compare import BalanceComparison
 from ..report import BalanceReport
 from . import sections
 from .figures import colour_rules
+
+if TYPE_CHECKING:
+    from ..generation import GenerationBalance
+    from ..keys import KeySpace
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,15 @@ class SeenImage:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A generated answer: its balance, its tokens decoded one by one, and what to call it."""
+
+    balance: GenerationBalance
+    words: Sequence[str]
+    title: str
+
+
+@dataclass(frozen=True)
 class ReportPage:
     """What a page shows.
 
@@ -43,12 +56,16 @@ class ReportPage:
         title: its heading.
         facts: what was measured: name -> value, both plain text.
         images: pictures with their heat maps.
+        answers: where generated tokens looked.
+        keys: name of a model -> its key space.
     """
 
     balance: BalanceReport | BalanceComparison
     title: str = "Attention balance"
     facts: Mapping[str, str] = field(default_factory=dict)
     images: Sequence[SeenImage] = ()
+    answers: Sequence[Answer] = ()
+    keys: Mapping[str, KeySpace] = field(default_factory=dict)
 
     def html(self) -> str:
         """The page as one text."""
@@ -60,11 +77,13 @@ class ReportPage:
             parts = sections.of_report(self.balance)
         body = [
             f"<header><h1>{escape(self.title)}</h1>",
-            '<p class="lead">Where a model’s queries look: at keys of their own modality, at other modalities, or at the'
-            " pseudo-scores of MODA’s mask (arXiv 2507.04635, equation 4 and figures 2 and 4).</p>",
+            '<p class="lead">Where a model’s queries look: at keys of their own modality, at other modalities, or at'
+            " the pseudo-scores of MODA’s mask (arXiv 2507.04635, equation 4 and figures 2 and 4).</p>",
             f"<dl>{facts}</dl></header>" if facts else "</header>",
             *parts,
             *sections.of_images(self.images),
+            *sections.of_answers(self.answers),
+            *sections.of_keys(self.keys),
             sections.traps(),
             sections.numbers(self.balance),
         ]

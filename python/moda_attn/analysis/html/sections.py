@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...config import VISION
 from ..compare import BalanceComparison
+from ..plot.gap import TITLES, draw_gap, heads_of
+from ..plot.generation import draw_generation, shares_of
 from ..plot.heads import draw_heads
 from ..plot.image import SHOWN, over_even, spread
 from ..plot.measures import draw_measures
 from ..plot.profile import draw_profile, title_of
-from ..plot.style import LIGHT, legend_of_figure
+from ..plot.style import LIGHT, legend_above
 from ..table import MEASURE_NAMES, value_text
 from . import tables, words
 from .figures import heat_panel, heat_scale, panel, picture_definition
@@ -22,11 +25,15 @@ from .figures import heat_panel, heat_scale, panel, picture_definition
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from ..keys import KeySpace
     from ..report import BalanceReport, RowBalance
-    from .page import SeenImage
+    from .page import Answer, SeenImage
 
 #: Inches; at their natural size on a desktop, and still readable at the width of a phone.
-PROFILE, HEADS = (3.9, 2.7), (3.9, 3.0)
+PROFILE, HEADS, GENERATION = (3.9, 2.7), (3.9, 3.0), (3.9, 3.1)
+
+#: An answer of more words takes a whole line on a desktop, and scrolls in its own box on a phone.
+NARROW, WIDE = 14, 8.4
 
 
 def of_report(report: BalanceReport) -> list[str]:
@@ -72,6 +79,55 @@ def of_images(images: Sequence[SeenImage]) -> list[str]:
     return [_section("On the image", parts)]
 
 
+def of_answers(answers: Sequence[Answer]) -> list[str]:
+    """Where the tokens of generated answers looked."""
+    figures = []
+    for place, answer in enumerate(answers):
+        columns, shares = answer.balance.columns, shares_of(answer.balance)
+        image = shares[:, VISION] if len(shares) else np.zeros(1)
+        alt = (
+            f"{len(shares)} generated tokens; mass on the image {image[0]:.0%} for the first and {image[-1]:.0%} for"
+            f" the last, {image.mean():.0%} on average"
+        )
+
+        def draw(
+            axes: Axes, answer: Answer = answer, shares: np.ndarray = shares, names: Sequence[str] = columns
+        ) -> None:
+            draw_generation(axes, shares, names, LIGHT, answer.words)
+            legend_above([axes])
+
+        wide = len(shares) > NARROW
+        size = (WIDE if wide else GENERATION[0], GENERATION[1])
+        figure = _titled(f"g{place}", size, (answer.title, alt), draw)
+        figures.append(figure.replace("<figure>", '<figure class="wide" tabindex="0">', 1) if wide else figure)
+    return [_section("Word by word", [_text(words.GENERATION), _panels(figures)])] if figures else []
+
+
+def of_keys(spaces: Mapping[str, KeySpace]) -> list[str]:
+    """How far apart the modalities' keys lie."""
+    figures = []
+    for place, (model, space) in enumerate(spaces.items()):
+        for name, title in TITLES.items():
+            stages = heads_of(space, name)
+            means = (
+                f"{stage} {np.nanmean(values):.2f}" for stage, values in stages.items() if not np.isnan(values).all()
+            )
+            alt = f"mean over layers and heads: {', '.join(means) or 'no keys of one of the modalities'}"
+
+            def draw(axes: Axes, space: KeySpace = space, stages: dict[str, np.ndarray] = stages) -> None:
+                draw_gap(axes, space.layers, stages, LIGHT)
+                legend_above([axes])
+
+            figures.append(
+                _titled(f"k{place}{name}", PROFILE, (f"{title[0].upper() + title[1:]} · {model}", alt), draw)
+            )
+    return (
+        [_section("Key space", [_text(words.KEYS), f'<div class="panels three">{"".join(figures)}</div>'])]
+        if figures
+        else []
+    )
+
+
 def traps() -> str:
     """How not to read the page."""
     items = "".join(f"<li><b>{escape(head)}</b> {escape(rest)}</li>" for head, rest in words.TRAPS)
@@ -84,7 +140,9 @@ def numbers(balance: BalanceReport | BalanceComparison) -> str:
         reports = [*zip(balance.names, (balance.before, balance.after), strict=True)]
     else:
         reports = [("", balance)]
-    all_tables = [tables.of_layers(row, report.layers, _title(row, name)) for name, report in reports for row in report.every]
+    all_tables = [
+        tables.of_layers(row, report.layers, _title(row, name)) for name, report in reports for row in report.every
+    ]
     return _section("Every layer", [f"<details><summary>Show the masses</summary>{''.join(all_tables)}</details>"])
 
 
@@ -119,7 +177,7 @@ def _profiles(report: BalanceReport, key: str, name: str = "") -> list[str]:
 
         def draw(axes: Axes, row: RowBalance = row) -> None:
             draw_profile(axes, report.layers, row, LIGHT)
-            legend_of_figure(axes.figure, [axes])
+            legend_above([axes])
 
         figures.append(_titled(f"{key}{place}", PROFILE, (_title(row, name), alt), draw))
     return figures

@@ -28,7 +28,9 @@ def of_measures(report: BalanceReport) -> str:
                 fit = row.decay_fit
                 by_fit = (fit.low, fit.high) if name == "decay" else (fit.error_low, fit.error_high)
                 intervals = _interval(name, by_fit, " by the fit") + intervals
-            lines.append(_row(row.name.capitalize(), f"<td>{_strong(_value(name, getattr(row, name)))}{intervals}</td>"))
+            lines.append(
+                _row(row.name.capitalize(), f"<td>{_strong(_value(name, getattr(row, name)))}{intervals}</td>")
+            )
         bodies.append(_body(name, 2, lines))
     return _table(f"{_counts(report.every)}. Below the values: 95 % intervals", ("queries of", "value"), bodies)
 
@@ -88,7 +90,7 @@ def _value(name: str, value: float) -> str:
 
 def _factor(value: float) -> str:
     """Three digits, with a power of ten where the number is far from 1."""
-    if value == 0 or 1e-3 <= value < 1e4:
+    if math.isnan(value) or value == 0 or 1e-3 <= value < 1e4:
         return f"{value:.3f}" if value < 10 else f"{value:.4g}"
     digits, _, power = f"{value:.2e}".partition("e")
     return f"{digits}·10<sup>{int(power)}</sup>".replace("-", "−")

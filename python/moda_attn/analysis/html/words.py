@@ -22,15 +22,15 @@ OF_MEASURE = {
         " disparity by themselves; this one does not move then."
     ),
     "pseudo_share": (
-        "Mass on the pseudo-scores, which carry no value. It is 0 % in an unpatched model. Read both disparities with it."
+        "Mass on the pseudo-scores, which carry no value; 0 % in an unpatched model. Read both disparities with it."
     ),
     "decay": (
-        "γ, the factor by which the mass on other modalities changes from one layer to the next: 1 is level, less is the"
-        " decay with depth that the paper describes."
+        "γ, the factor by which the mass on other modalities changes from one layer to the next: 1 is level, less is"
+        " the decay with depth that the paper describes."
     ),
     "error": (
-        "The paper's equation 4, a product over the layers. It shrinks with every layer: compare models of the same depth"
-        " only, and expect numbers near 0."
+        "The paper's equation 4, a product over the layers. It shrinks with every layer: compare models of the same"
+        " depth only, and expect numbers near 0."
     ),
 }
 
@@ -50,8 +50,8 @@ TRAPS = (
 )
 
 PROFILE = (
-    "Layer by layer, the share of their attention that these queries give to keys of their own modality (blue, solid), to"
-    " the other modalities (orange, dashed), and to the pseudo-scores (grey, dotted; only where there are some)."
+    "Layer by layer, the share of their attention that these queries give to keys of their own modality (blue, solid),"
+    " to the other modalities (orange, dashed), and to the pseudo-scores (grey, dotted; only where there are some)."
 )
 BANDS = " Bands are 95 % intervals over the inputs."
 HEADS = (
@@ -59,8 +59,20 @@ HEADS = (
     " pseudo-scores. Means over heads hide heads that do nothing else than cross over."
 )
 IMAGE = (
-    "The attention that each visual token receives from the text queries, over what it would be if all tokens of the image"
-    " received the same. Attention is no explanation: a bright patch is looked at, which need not mean that it is used."
+    "The attention that each visual token receives from the text queries, over what it would be if all tokens of the"
+    " image received the same. Attention is no explanation: a bright patch is looked at, which need not mean that it is"
+    " used."
+)
+GENERATION = (
+    "Every bar is a generated token, and shows where attention went when it was chosen, as a mean over layers and"
+    " heads. Attention to the image usually falls as the answer grows, because what was generated is there to be looked"
+    " at; an answer whose words about the picture are chosen without looking at it deserves mistrust."
+)
+KEYS = (
+    "The keys of text and of vision, layer by layer: how alike the bases are that alignment works with (1 is alike),"
+    " how far the means of the unit keys lie apart, and how far their distributions do. Lines are means over key heads,"
+    " bands reach from the least to the largest head. Alignment is meant to close this gap; one that has learned"
+    " nothing leaves it as it is."
 )
 
 
@@ -77,7 +89,8 @@ def verdict(row: RowComparison, names: tuple[str, str]) -> str:
         sentence = f"{subject} these inputs show no difference in relative disparity between {names[0]} and {names[1]}."
     else:
         word = "more" if change.value < 0 else "less"
-        sentence = f"{subject} {names[1]} looks {word} evenly than {names[0]} by {_points(change.value)} of relative disparity."
+        by = f"by {_points(change.value)} of relative disparity"
+        sentence = f"{subject} {names[1]} looks {word} evenly than {names[0]} {by}."
     plain = row.changes["disparity"]
     if plain.high < 0 and change.high >= 0:
         sentence += " The plain disparity fell only because the pseudo-scores take mass from both sides."

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ModaValueError
+from .gap import gap
+from .generation import generation
 from .heads import heads
 from .image import image
 from .measures import measures
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from ..compare import BalanceComparison
     from ..report import BalanceReport
 
-__all__ = ["comparison", "heads", "image", "measures", "profile"]
+__all__ = ["comparison", "gap", "generation", "heads", "image", "measures", "profile"]
 
 _OF_A_BALANCE = {"profile": profile, "heads": heads}
 _OF_A_COMPARISON = {"profile": comparison, "measures": measures}

@@ -46,12 +46,16 @@ def image(
     layers = range(len(heat)) if layers is None else layers
     places = spread(len(heat), SHOWN) if shown is None else list(shown)
     if len(layers) != len(heat) or any(not 0 <= place < len(heat) for place in places):
-        raise ModaValueError(f"heat has {len(heat)} layers; as many in layers, and shown below it, wanted; got {places}")
+        raise ModaValueError(
+            f"heat has {len(heat)} layers; as many in layers, and shown below it, wanted; got {places}"
+        )
     theme = theme_of(style)
     maps = [("mean over layers", heat.mean(axis=0)), *((f"layer {layers[place]}", heat[place]) for place in places)]
     with drawing(theme):
         backdrop = None if picture is None else grey(picture)
-        height = SIDE * heat.shape[1] / heat.shape[2] if backdrop is None else SIDE * backdrop.shape[0] / backdrop.shape[1]
+        height = (
+            SIDE * heat.shape[1] / heat.shape[2] if backdrop is None else SIDE * backdrop.shape[0] / backdrop.shape[1]
+        )
         figure = new_figure(SIDE * (len(maps) + (backdrop is not None)) + 0.9, height + 0.75)
         panels = figure.subplots(1, len(maps) + (backdrop is not None), squeeze=False)[0]
         if backdrop is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .style import Theme, drawing, grid_of_panels, layer_axis, legend_of_figure, share_axis, theme_of
+from .style import Theme, drawing, grid_of_panels, layer_axis, legend_above, share_axis, theme_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ def profile(report: BalanceReport, *, style: str = "light") -> Figure:
         for axes, row in zip(panels, report.every, strict=True):
             axes.set_title(title_of(row))
             draw_profile(axes, report.layers, row, theme)
-        legend_of_figure(figure, panels)
+        legend_above(panels)
     return figure
 
 
@@ -49,7 +49,7 @@ def comparison(result: BalanceComparison, *, style: str = "light") -> Figure:
             top = max(axes.get_ylim()[1] for axes in pair)
             for axes in pair:
                 axes.set_ylim(0, top)
-        legend_of_figure(figure, panels)
+        legend_above(panels)
     return figure
 
 
@@ -73,8 +73,8 @@ def draw_profile(axes: Axes, layers: tuple[int, ...], row: RowBalance, theme: Th
         if np.isfinite(low).all():
             axes.fill_between(layers, low, high, color=colour, alpha=0.22, linewidth=0)
         axes.plot(
-            layers, masses, color=colour, ls=dashes, lw=1.8, marker=marker if len(layers) <= MARKED else None, ms=4, label=label,
-            solid_capstyle="round", clip_on=False,
+            layers, masses, color=colour, ls=dashes, lw=1.8, marker=marker if len(layers) <= MARKED else None, ms=4,
+            label=label, solid_capstyle="round", clip_on=False,
         )  # fmt: skip
         top = max(top, *masses)
     layer_axis(axes, layers)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Theme:
     """The colours of a picture, named by what they stand for; no two are the same, so that a page can change them.
 
-    Own and other modality are a blue and an orange that stay apart in every common form of colour blindness; line styles
-    and markers say the same once more.
+    Own and other modality are a blue and an orange that stay apart in every common form of colour blindness; line
+    styles and markers say the same once more.
     """
 
     paper: str
@@ -42,7 +42,7 @@ LIGHT = Theme(
     own="#0067a5",
     cross="#c75100",
     pseudo="#7b838d",
-    generated="#00785a",
+    generated="#5fbf9b",
     further="#9c3a7e",
 )
 DARK = Theme(
@@ -53,7 +53,7 @@ DARK = Theme(
     own="#5cb8ec",
     cross="#f2a04a",
     pseudo="#8f99a5",
-    generated="#45c79f",
+    generated="#1f8a69",
     further="#dd94c6",
 )
 THEMES = {"light": LIGHT, "dark": DARK}
@@ -113,9 +113,10 @@ def new_figure(width: float, height: float) -> Figure:
     """A figure of that size in inches that lays itself out and belongs to no window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.03, hspace=0.04)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.03, hspace=0.04)
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -128,17 +129,20 @@ def grid_of_panels(count: int, size: tuple[float, float], columns: int = 2) -> t
     return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
 
 
-def legend_of_figure(figure: Figure, panels: Sequence[Axes]) -> None:
+def legend_above(panels: Sequence[Axes]) -> None:
     """One legend for all panels, above them, of every label that one of them has."""
+    figure: Any = panels[0].figure
     entries: dict[str, Any] = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         entries.update(dict(zip(labels, handles, strict=True)))
+    # Two rows where one would leave the figure.
+    inches = sum(0.5 + 0.068 * len(label) for label in entries)
     figure.legend(
         list(entries.values()),
         list(entries),
         loc="outside upper left",
-        ncols=len(entries),
+        ncols=len(entries) if inches < figure.get_figwidth() else -(-len(entries) // 2),
         handlelength=2.2,
         handletextpad=0.5,
         columnspacing=1.3,
