@@ -198,3 +198,19 @@ def test_the_analysis_imports_neither_matplotlib_nor_pandas_nor_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_is_measured_of_a_model_draws_itself():
+    from moda_attn.analysis import GenerationBalance, KeySpace, ReceivedAttention
+    from moda_attn.analysis.grid import ImageTokens
+
+    answer, keys = answer_of(4).balance, keys_of()
+    tokens = np.arange(4)[None]
+    assert GenerationBalance(answer.layers, tokens, answer.mass, False).plot(["a", "b", "c", "d"]).axes
+    assert KeySpace(keys.layers, keys.before, keys.after).plot(style="dark").axes
+    given = np.random.default_rng(0).dirichlet(np.ones(8), (5, 1))
+    images = ((ImageTokens(np.arange(1, 7), (1, 2, 3)),),)
+    received = ReceivedAttention((0, 1, 2, 3, 4), np.zeros((1, 8), dtype=int), {(0, False): given}, images, False)
+    maps = received.plot(np.eye(6), modality=0).axes
+    assert np.asarray(maps[2].images[1].get_array()).shape == (2, 3)
+    assert f"{given[0, 0, 1:7].sum():.1%}" in maps[2].get_title(loc="left")
