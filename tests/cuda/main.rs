@@ -7,6 +7,7 @@ mod common;
 mod emulator;
 
 mod arithmetic;
+mod checks;
 mod kernel;
 mod sum;
 mod warps;

@@ -84,6 +84,8 @@ pub(crate) struct Gpu {
     count: usize,
     /// Instructions executed so far, by a warp each.
     pub(crate) executed: u64,
+    /// Instructions after which a warp counts as caught in an endless loop.
+    pub(crate) patience: u64,
 }
 
 impl Gpu {
@@ -93,7 +95,7 @@ impl Gpu {
     }
 
     pub(crate) fn with_architecture(architecture: (u32, u32)) -> Self {
-        Self { global: Global::default(), architecture, count: 0, executed: 0 }
+        Self { global: Global::default(), architecture, count: 0, executed: 0, patience: 1 << 26 }
     }
 
     pub(crate) fn architecture(&self) -> (u32, u32) {
@@ -187,6 +189,7 @@ impl Gpu {
                         position: [x, y, z],
                         grid,
                         dynamic_shared: shared,
+                        patience: self.patience,
                     };
                     block.run(kernel).map_err(|failure| {
                         let place = program.place(kernel, failure.trap.at);
