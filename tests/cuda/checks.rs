@@ -81,7 +81,11 @@ fn races_between_warps() {
         TWO_WARPS,
         "is read, which warp 0 wrote since the last barrier",
     );
-    found("__shared__ u32 s[1];\n s[0] = t / 32; // HERE\n __syncthreads(); out[t] = s[0];", TWO_WARPS, "is written, which warp 0 wrote since");
+    found(
+        "__shared__ u32 s[1];\n s[0] = t / 32; // HERE\n __syncthreads(); out[t] = s[0];",
+        TWO_WARPS,
+        "is written, which warp 0 wrote since",
+    );
     found(
         "__shared__ u32 s[64]; s[t] = 0; __syncthreads();\n if (t < 32) s[t + 32] = 1; else\n out[t] = s[t]; // HERE",
         TWO_WARPS,

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use moda_attn::cuda::Launch;
 use moda_attn::cuda::nvrtc::{Nvrtc, Want};
 use std::collections::HashMap;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -215,7 +215,9 @@ impl Default for Gpu {
 
 fn bytes<T: Plain>(values: &[T]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(values.len() * T::SIZE);
-    values.iter().for_each(|value| value.put(&mut bytes));
+    for value in values {
+        value.put(&mut bytes);
+    }
     bytes
 }
 
@@ -287,7 +289,7 @@ impl Program {
         );
         for (source, (executed, conflicts)) in lines.into_iter().take(30) {
             let source = source.map_or("no line".to_owned(), |(file, line)| self.source_line(file, line));
-            report += &format!("\n{executed:>10} {conflicts:>8}  {source}");
+            let _ = write!(report, "\n{executed:>10} {conflicts:>8}  {source}"); // to a String: never fails
         }
         report
     }

@@ -218,7 +218,7 @@ impl Warp {
                 self.collective(operation, active)?;
             }
             Operation::ActiveMask(to) => {
-                self.compute(&super::integer::lanes(move |[]| u64::from(active)), to, [], active)
+                self.everywhere(to, active, u64::from(active));
             }
             Operation::Multiply(ref multiply) => {
                 self.whole(active)?;
