@@ -6,8 +6,12 @@ mod common;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 
+mod align;
 mod arithmetic;
 mod checks;
+mod device;
+mod ids;
 mod kernel;
+mod sink;
 mod sum;
 mod warps;

@@ -40,7 +40,8 @@ impl Float {
 
     pub(crate) fn bounded(self, value: f64) -> f64 {
         if self.saturate {
-            return if value.is_nan() { 0.0 } else { value.clamp(0.0, 1.0) };
+            // Minus zero becomes plus zero.
+            return if value.is_nan() { 0.0 } else { value.clamp(0.0, 1.0) + 0.0 };
         }
         if self.relu && value < 0.0 { 0.0 } else { value }
     }

@@ -123,6 +123,7 @@ def test_keys_that_are_alike_have_no_gap_and_modalities_without_keys_no_number()
 
 def test_what_is_not_aligned_stays_where_it_was():
     model, x = tiny.build(), tiny.inputs("llava-llama", ROWS)
+    x |= matrix.positions(model, x)
     moda_attn.apply(model, ModaConfig(fusion="aligned", align=("vision",), mask="none", location_prior=False))
     space = key_space(model, **x)
     assert space.after is not None
