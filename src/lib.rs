@@ -6,7 +6,7 @@
 //!
 //! | layer | modules | what lives there |
 //! |---|---|---|
-//! | 0 | `error` `dtype` `layout` `view` `ids` `range` `problem` | the vocabulary; a problem is validated once, then trusted |
+//! | 0 | `error` `dtype` `layout` `view` `ids` `range` `shapes` `problem` | the vocabulary; a problem is validated once, then trusted |
 //! | 1 | `spec` | the formulas as slow, readable scalar code: what the kernels are tested against |
 //! | 2 | `cpu` | the fast kernels, written once over a small SIMD trait |
 //! | 2 | `cuda` | plans for NVIDIA GPUs, their kernels, the run-time compiler |
@@ -84,6 +84,7 @@ pub mod ids;
 pub mod layout;
 pub mod problem;
 pub mod range;
+mod shapes;
 pub mod view;
 
 pub mod spec;

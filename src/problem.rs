@@ -1,10 +1,11 @@
 //! A problem is the whole input of one operator, validated once and trusted from then on by every kernel.
 
 use crate::dtype::{Element, Real};
-use crate::error::{Error, Result};
-use crate::ids::{Ids, MAX_MODALITIES};
-use crate::layout::print_shape;
+use crate::error::Result;
+use crate::ids::Ids;
 use crate::range::KeyRanges;
+pub use crate::shapes::check_modalities;
+use crate::shapes::{AlignShapes, AttendShapes, SinkShapes, check_eps, check_scale, option};
 use crate::view::{View, ViewMut};
 use std::ops::Range;
 
@@ -61,31 +62,6 @@ fn product<const N: usize>(sizes: [usize; N]) -> usize {
     sizes.into_iter().fold(1, usize::saturating_mul)
 }
 
-fn option(argument: &'static str, given: String, wanted: &str) -> Error {
-    Error::Option { argument, given, wanted: wanted.to_owned() }
-}
-
-fn shape_error(argument: &'static str, given: &[usize], wanted: String) -> Error {
-    Error::Shape { argument, given: print_shape(given), wanted }
-}
-
-/// Checks a given number of modalities, against the one of the bias table if there is one.
-pub fn check_modalities(given: usize, table: Option<usize>) -> Result<()> {
-    let wanted = match table {
-        Some(m) if m != given => format!("{m}, the M of modality_bias"),
-        None if !(1..=MAX_MODALITIES).contains(&given) => format!("1 to {MAX_MODALITIES}"),
-        _ => return Ok(()),
-    };
-    Err(option("num_modalities", given.to_string(), &wanted))
-}
-
-fn expect(argument: &'static str, given: &[usize], wanted: &[usize], meaning: &str) -> Result<()> {
-    if given == wanted {
-        return Ok(());
-    }
-    Err(shape_error(argument, given, format!("{} = {meaning}", print_shape(wanted))))
-}
-
 /// Every id has its row in tables of M modalities.
 fn known(argument: &'static str, ids: &Ids, modalities: usize) -> Result<()> {
     match ids.span() {
@@ -129,26 +105,23 @@ impl<'a, T: Element> AlignProblem<'a, T> {
 
     /// Checks every shape against the key's and the parameters'; returns the problem itself.
     pub fn validated(self) -> Result<Self> {
-        let [b, h, n, d] = self.key.shape();
-        let m = self.keep.shape()[0];
-        expect("value", &self.value.shape(), &[b, h, n, d], "the shape of key")?;
-        expect("modality", &self.modality.shape(), &[b, n], "(B, N)")?;
-        expect("context", &self.sources.shape(), &[b, n], "(B, N)")?;
-        if m == 0 || m > MAX_MODALITIES {
-            let wanted = format!("(M, D, D) with M from 1 to {MAX_MODALITIES} and D = {d}");
-            return Err(shape_error("keep", &self.keep.shape(), wanted));
-        }
-        expect("keep", &self.keep.shape(), &[m, d, d], "(M, D, D)")?;
-        expect("mix", &self.mix.shape(), &[m, d, d], "(M, D, D), as keep")?;
-        if let Some(basis) = self.basis {
-            expect("basis", &basis.shape(), &[b, h, m, d, d], "(B, Hkv, M, D, D)")?;
-        }
-        if !(self.eps >= T::Acc::ZERO && self.eps.is_finite()) {
-            return Err(option("eps", self.eps.to_string(), "a finite number >= 0"));
-        }
-        known("modality", self.modality, m)?;
-        known("context", self.sources, m)?;
+        self.shapes().check()?;
+        check_eps(self.eps)?;
+        known("modality", self.modality, self.modalities())?;
+        known("context", self.sources, self.modalities())?;
         Ok(self)
+    }
+
+    pub(crate) fn shapes(&self) -> AlignShapes {
+        AlignShapes {
+            key: self.key.shape(),
+            value: self.value.shape(),
+            modality: self.modality.shape(),
+            context: self.sources.shape(),
+            keep: self.keep.shape(),
+            mix: self.mix.shape(),
+            basis: self.basis.map(|basis| basis.shape()),
+        }
     }
 
     /// Number of modalities M.
@@ -220,50 +193,32 @@ impl<'a, T: Element> AttendProblem<'a, T> {
 
     /// Checks every shape and repeats sink and bias over batch and heads; returns the problem itself.
     pub fn validated(mut self) -> Result<Self> {
-        let [b, hq, nq, d] = self.query.shape();
-        let [_, hkv, nk, _] = self.key.shape();
-        expect("key", &self.key.shape(), &[b, hkv, nk, d], "(B, Hkv, Nk, D) with the B and D of query")?;
-        expect("value", &self.value.shape(), &[b, hkv, nk, d], "the shape of key")?;
-        if hkv == 0 && hq != 0 || hkv != 0 && !hq.is_multiple_of(hkv) {
-            let wanted = format!("(B, Hq, Nq, D) with Hq a multiple of Hkv = {hkv}");
-            return Err(shape_error("query", &self.query.shape(), wanted));
-        }
-        expect("modality", &self.modality.shape(), &[b, nk], "(B, Nk)")?;
-        expect("query_modality", &self.query_modality.shape(), &[b, nq], "(B, Nq)")?;
-        let parts = self.combine.parts();
-        if let Some(sink) = self.sink {
-            let fits = sink.broadcast([b, hq, nq, parts]).filter(|_| sink.shape()[2..] == [nq, parts]);
-            self.sink = Some(fits.ok_or_else(|| {
-                let (given, wanted) = match self.combine {
-                    Combine::Joint => (&sink.shape()[..3], format!("(B|1, Hq|1, Nq) = ({b}|1, {hq}|1, {nq})")),
-                    Combine::Split => (&sink.shape()[..], format!("(B|1, Hq|1, Nq, 2) = ({b}|1, {hq}|1, {nq}, 2)")),
-                };
-                shape_error("sink", given, wanted)
-            })?);
-        }
-        if let Some(bias) = self.bias {
-            let m = bias.shape()[2];
-            let square = bias.shape()[3] == m && (1..=MAX_MODALITIES).contains(&m);
-            let fits = bias.broadcast([b, hq, m, m]).filter(|_| square);
-            self.bias = Some(fits.ok_or_else(|| {
-                shape_error("modality_bias", &bias.shape(), format!("(B|1, Hq|1, M, M) = ({b}|1, {hq}|1, M, M)"))
-            })?);
-        }
-        if let Some(m) = self.num_modalities {
-            check_modalities(m, self.bias.map(|bias| bias.shape()[2]))?;
-        }
-        if let Some([rows, queries]) = self.key_range.map(KeyRanges::shape)
-            && ((rows != b && rows != 1) || queries != nq)
-        {
-            let wanted = format!("(B|1, Nq, 2) = ({b}|1, {nq}, 2)");
-            return Err(shape_error("key_range", &[rows, queries, 2], wanted));
-        }
-        if !self.scale.is_finite() {
-            return Err(option("scale", self.scale.to_string(), "a finite number"));
-        }
+        self.shapes().check()?;
+        check_scale(self.scale)?;
+        let [b, hq, ..] = self.query.shape();
+        let repeated = |table: View<'a, T::Acc, 4>| {
+            let [_, _, rows, columns] = table.shape();
+            table.broadcast([b, hq, rows, columns]).expect("a checked shape")
+        };
+        (self.sink, self.bias) = (self.sink.map(repeated), self.bias.map(repeated));
         known("modality", self.modality, self.modalities())?;
         known("query_modality", self.query_modality, self.modalities())?;
         Ok(self)
+    }
+
+    pub(crate) fn shapes(&self) -> AttendShapes {
+        AttendShapes {
+            query: self.query.shape(),
+            key: self.key.shape(),
+            value: self.value.shape(),
+            modality: self.modality.shape(),
+            query_modality: self.query_modality.shape(),
+            sink: self.sink.map(|sink| sink.shape()),
+            bias: self.bias.map(|bias| bias.shape()),
+            key_range: self.key_range.map(KeyRanges::shape),
+            combine: self.combine,
+            num_modalities: self.num_modalities,
+        }
     }
 
     /// Number of modalities M: the given one or the bias table's, else as many as the ids span.
@@ -426,20 +381,22 @@ pub struct SinkProblem<'a, R: Real> {
 impl<R: Real> SinkProblem<'_, R> {
     /// Checks every shape; returns the problem itself.
     pub fn validated(self) -> Result<Self> {
-        let [b, nq] = self.position.shape();
-        let [m, hq] = self.decay.shape();
-        expect("query_modality", &self.query_modality.shape(), &[b, nq], "(B, Nq), the shape of position")?;
-        expect("base", &self.base.shape(), &[m, hq], "(M, Hq), the shape of decay")?;
-        if self.span < 0 {
-            return Err(option("span", self.span.to_string(), "a number of tokens >= 0"));
-        }
-        known("query_modality", self.query_modality, m)?;
+        self.shapes().check(self.span)?;
+        known("query_modality", self.query_modality, self.decay.shape()[0])?;
         Ok(self)
+    }
+
+    pub(crate) fn shapes(&self) -> SinkShapes {
+        SinkShapes {
+            position: self.position.shape(),
+            query_modality: self.query_modality.shape(),
+            decay: self.decay.shape(),
+            base: self.base.shape(),
+        }
     }
 
     /// The shape (B, Hq, Nq) of the sink.
     pub fn shape(&self) -> [usize; 3] {
-        let [b, nq] = self.position.shape();
-        [b, self.decay.shape()[1], nq]
+        self.shapes().sink()
     }
 }

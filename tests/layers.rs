@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// Modules in layer order. Modules of one layer may see each other, except those that stand apart.
 const LAYERS: [&[&str]; 6] = [
-    &["error", "dtype", "layout", "view", "ids", "range", "problem"],
+    &["error", "dtype", "layout", "view", "ids", "range", "shapes", "problem"],
     &["spec"],
     &["cpu", "cuda"],
     &["dispatch", "op"],

@@ -11,7 +11,7 @@ import torch
 
 import moda_attn
 from moda_attn.analysis import attention_balance, balance_of_masses
-from moda_attn.analysis.statistics import cross_decay
+from moda_attn.analysis.measures import log_slope
 from moda_attn.demo.data import ask_all, load_digits, training_batch
 from moda_attn.demo.model import build_model
 from moda_attn.demo.tokenizer import WordTokenizer
@@ -64,22 +64,26 @@ def test_answer_rows_alone():
     assert answer.relative_disparity == pytest.approx(1 / 3)
 
 
+def decay_of(cross: np.ndarray, layers) -> float:
+    return float(np.exp(log_slope(cross, layers)))
+
+
 @pytest.mark.parametrize("gamma", [0.4, 0.97, 1.3])
 def test_synthetic_decay_is_recovered(gamma):
     layers = np.arange(12)
-    assert cross_decay(0.3 * gamma**layers, layers) == pytest.approx(gamma, rel=1e-12)
+    assert decay_of(0.3 * gamma**layers, layers) == pytest.approx(gamma, rel=1e-12)
     noisy = 0.3 * gamma**layers * np.exp(np.random.default_rng(0).normal(0, 0.01, 12))
-    assert cross_decay(noisy, layers) == pytest.approx(gamma, rel=0.01)
+    assert decay_of(noisy, layers) == pytest.approx(gamma, rel=0.01)
 
 
 def test_decay_counts_layer_indices_not_entries():
     layers = np.array([0, 3, 4, 9])
-    assert cross_decay(0.2 * 0.8**layers, layers) == pytest.approx(0.8)
+    assert decay_of(0.2 * 0.8**layers, layers) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("cross", [[0.3], [0.3, 0.0, 0.1]])
 def test_decay_without_a_slope_is_nan_and_null_in_json(cross):
-    assert math.isnan(cross_decay(np.array(cross), range(len(cross))))
+    assert math.isnan(decay_of(np.array(cross), range(len(cross))))
     report = balance_of_masses([constant_mass(0.5, value, 0) for value in cross], np.zeros((2, 4), dtype=int))
     written = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert written["modalities"][0]["decay"] is None

@@ -1,9 +1,47 @@
-"""How a model divides its attention between modalities (the paper's equation 4 and figures 2 and 4)."""
+"""How a model divides its attention between modalities (the paper's equation 4 and figures 2 and 4).
+
+What needs a live model imports torch when it is first used.
+"""
 
 from __future__ import annotations
 
-from .measure import attention_balance
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .compare import BalanceComparison, RowComparison, compare
 from .report import BalanceReport, RowBalance
 from .statistics import balance_of_masses
 
-__all__ = ["BalanceReport", "RowBalance", "attention_balance", "balance_of_masses"]
+# Public name -> the module that defines it; these import torch.
+_OF_MODELS = {
+    "ReceivedAttention": "received",
+    "attention_balance": "measure",
+    "balance_over": "dataset",
+    "received_attention": "received",
+}
+
+__all__ = [
+    "BalanceComparison",
+    "BalanceReport",
+    "ReceivedAttention",
+    "RowBalance",
+    "RowComparison",
+    "attention_balance",
+    "balance_of_masses",
+    "balance_over",
+    "compare",
+    "received_attention",
+]
+
+if TYPE_CHECKING:
+    from .dataset import balance_over
+    from .measure import attention_balance
+    from .received import ReceivedAttention, received_attention
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_MODELS:
+        value = getattr(importlib.import_module(f".{_OF_MODELS[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

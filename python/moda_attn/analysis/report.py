@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
+import json
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..config import MODALITIES
+from .intervals import Interval
+from .measures import MEASURES, DecayFit
+from .tally import Tally
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 
 def modality_name(modality: int) -> str:
     """ "text", "vision", "video", "audio", and "modality 4" and so on for the free ones."""
     return MODALITIES[modality] if modality < len(MODALITIES) else f"modality {modality}"
-
-
-def nullable(array: np.ndarray) -> list[Any]:
-    """The array as nested lists in which None stands for NaN, so that they are valid JSON."""
-    return np.where(np.isnan(array), np.full((), None, dtype=object), array).tolist()
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class RowBalance:
         modality: the modality of the query rows.
         answers_only: whether only the rows that predict supervised tokens were counted.
         rows: how many query rows each mean was taken over (heads not counted).
+        inputs: how many independent inputs these rows come from.
         mass: (L, H, M + 1), of every layer and head the mean over rows of the mass on the keys of each modality and,
             last, on the pseudo-scores, which carry no value. H is the most heads that a layer has; NaN fills a layer
             with fewer.
@@ -41,11 +45,16 @@ class RowBalance:
         decay: gamma = exp(slope of log cross over the layers); NaN with fewer than two layers or where a layer's cross
             mass is 0.
         error: E_DDA of the paper's equation 4, the product over layers l = 1 .. L of gamma^l |self_l - cross_l|.
+        decay_fit: how well the layers fix gamma, and what follows for E_DDA.
+        intervals: of each of these five the 95 % interval over the inputs; NaN with a single input.
+        mass_interval: (2, L, 3), the same for self, cross and pseudo mass.
+        tally: the sums behind all of it, input by input.
     """
 
     modality: int
     answers_only: bool
     rows: int
+    inputs: int
     mass: np.ndarray = field(repr=False, compare=False)
     self_mass: tuple[float, ...]
     cross_mass: tuple[float, ...]
@@ -55,6 +64,10 @@ class RowBalance:
     pseudo_share: float
     decay: float
     error: float
+    decay_fit: DecayFit
+    intervals: dict[str, Interval]
+    mass_interval: np.ndarray = field(repr=False, compare=False)
+    tally: Tally = field(repr=False, compare=False)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -67,20 +80,21 @@ class RowBalance:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists; NaN becomes None, so that the result is valid JSON."""
-        scalars = {
-            name: None if math.isnan(value := getattr(self, name)) else value
-            for name in ("disparity", "relative_disparity", "pseudo_share", "decay", "error")
-        }
         return {
             "rows_of": self.name,
             "modality": self.modality,
             "answers_only": self.answers_only,
             "rows": self.rows,
+            "inputs": self.inputs,
             "self": list(self.self_mass),
             "cross": list(self.cross_mass),
             "pseudo": list(self.pseudo_mass),
-            "mass": nullable(self.mass),
-            **scalars,
+            "mass_interval": plain(self.mass_interval),
+            "mass_columns": list(self.columns),
+            "mass": plain(self.mass),
+            **{name: plain(getattr(self, name)) for name in MEASURES},
+            "intervals": {name: plain(interval) for name, interval in self.intervals.items()},
+            "decay_fit": {name: plain(value) for name, value in vars(self.decay_fit).items()},
         }
 
 
@@ -100,6 +114,11 @@ class BalanceReport:
     answers: tuple[RowBalance, ...] = ()
     patched: bool = False
 
+    @property
+    def every(self) -> tuple[RowBalance, ...]:
+        """All kinds of query rows: those of each modality, then the answer rows."""
+        return (*self.modalities, *self.answers)
+
     def of(self, modality: int, *, answers_only: bool = False) -> RowBalance:
         """The balance of one modality's query rows; raises ``KeyError`` when it has none."""
         for balance in self.answers if answers_only else self.modalities:
@@ -108,6 +127,7 @@ class BalanceReport:
         raise KeyError(f"no {'answer ' if answers_only else ''}query rows of {modality_name(modality)} in this report")
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, ready for JSON."""
         return {
             "patched": self.patched,
             "layers": list(self.layers),
@@ -115,15 +135,45 @@ class BalanceReport:
             "answers": [balance.to_dict() for balance in self.answers],
         }
 
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The JSON of `to_dict`, also written to ``path`` when given, whose folder is made when missing."""
+        return write_json(self.to_dict(), path)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row per kind of query rows, layer and head; see `moda_attn.analysis.frames.masses_frame`."""
+        from .frames import masses_frame
+
+        return masses_frame(self)
+
+    def plot(self, kind: str = "profile", **options: Any) -> Figure:
+        """A picture: "profile" (masses over the layers) or "heads" (a map of heads and layers).
+
+        ``options`` go to the function of that name in `moda_attn.analysis.plot`.
+        """
+        from .plot import draw_balance
+
+        return draw_balance(self, kind, **options)
+
     def __str__(self) -> str:
-        lines = [f"Attention balance, {'patched' if self.patched else 'unpatched'} model, {len(self.layers)} layers"]
-        for balance in (*self.modalities, *self.answers):
-            lines += ["", f"{balance.name}: {balance.rows} query rows", "  layer    self   cross  pseudo  |self-cross|"]
-            masses = zip(self.layers, balance.self_mass, balance.cross_mass, balance.pseudo_mass, strict=True)
-            for layer, own, cross, pseudo in masses:
-                lines.append(f"  {layer:5d}  {own:6.3f}  {cross:6.3f}  {pseudo:6.3f}  {abs(own - cross):12.3f}")
-            lines.append(
-                f"  disparity {balance.disparity:.3f}, relative {balance.relative_disparity:.3f},"
-                f" pseudo share {balance.pseudo_share:.3f}, decay {balance.decay:.3f}, E_DDA {balance.error:.2e}"
-            )
-        return "\n".join(lines)
+        from .table import balance_table
+
+        return balance_table(self)
+
+
+def plain(value: Any) -> Any:
+    """Lists for arrays and tuples, None for NaN and the infinities: what JSON can say."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+def write_json(content: dict[str, Any], path: str | Path | None) -> str:
+    """``content`` as JSON text, also written to ``path`` unless that is None."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    if path is not None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return text

@@ -1,13 +1,19 @@
-"""From attention masses to the numbers of the paper's equation 4; NumPy only."""
+"""From attention masses to a report of the paper's equation 4; NumPy only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..errors import ModaValueError
+from .intervals import of_masses, over_inputs
+from .measures import fit_decay, measures
 from .report import BalanceReport, RowBalance
+from .tally import Tally
+
+#: A kind of query rows: their modality, and whether only those that predict supervised tokens are counted.
+Kind = tuple[int, bool]
 
 
 def balance_of_masses(
@@ -18,7 +24,7 @@ def balance_of_masses(
     layers: Sequence[int] | None = None,
     patched: bool = False,
 ) -> BalanceReport:
-    """Attention balance from the masses of every layer.
+    """Attention balance from the masses of every layer; the B rows of the batch are taken for independent inputs.
 
     Args:
         masses: per layer (B, Hq, Nq, M + 1): mass on the keys of each modality and on the pseudo-scores; M is the same
@@ -30,9 +36,83 @@ def balance_of_masses(
     Raises:
         ModaValueError: no layer, or shapes that do not fit.
     """
-    query_modality = np.asarray(query_modality)
     layers = tuple(range(len(masses)) if layers is None else layers)
-    if not masses or len(layers) != len(masses):
+    return report_of(tally_masses(masses, query_modality, answer_rows, layers), layers, patched)
+
+
+def tally_masses(
+    masses: Sequence[np.ndarray], query_modality: np.ndarray, answer_rows: np.ndarray | None, layers: Sequence[int]
+) -> dict[Kind, Tally]:
+    """The sums behind a report, for every kind of query rows there is; see `balance_of_masses`."""
+    query_modality = np.asarray(query_modality)
+    _check(masses, query_modality, answer_rows, layers)
+    tallies = {}
+    for modality in (int(found) for found in np.unique(query_modality) if found >= 0):
+        selections = {False: query_modality == modality}
+        if answer_rows is not None:
+            selections[True] = selections[False] & answer_rows.astype(bool)
+        for answers_only, selected in selections.items():
+            if selected.any():
+                # Rows that are not counted may hold anything.
+                kept = [
+                    np.where(selected[:, None, :, None], mass, 0.0).sum(axis=2, dtype=np.float64) for mass in masses
+                ]
+                tallies[modality, answers_only] = Tally.of_heads(modality, selected.sum(axis=1), kept)
+    return tallies
+
+
+def join_tallies(parts: Sequence[Mapping[Kind, Tally]]) -> dict[Kind, Tally]:
+    """All inputs of all parts; a kind that a part does not have has no rows there."""
+    parts = [part for part in parts if part]
+    counts = [len(next(iter(part.values())).rows) for part in parts]
+    return {
+        kind: Tally.joined([part.get(kind) or known.without_rows(n) for part, n in zip(parts, counts, strict=True)])
+        for kind, known in {kind: tally for part in parts for kind, tally in part.items()}.items()
+    }
+
+
+def report_of(tallies: Mapping[Kind, Tally], layers: Sequence[int], patched: bool) -> BalanceReport:
+    """The report that the sums make."""
+    rows = {kind: row_balance(tallies[kind], layers, kind[1]) for kind in sorted(tallies)}
+    return BalanceReport(
+        layers=tuple(layers),
+        modalities=tuple(row for row in rows.values() if not row.answers_only),
+        answers=tuple(row for row in rows.values() if row.answers_only),
+        patched=patched,
+    )
+
+
+def row_balance(tally: Tally, layers: Sequence[int], answers_only: bool) -> RowBalance:
+    """Everything said of one kind of query rows."""
+    means = tally.means()
+    own, cross, pseudo = means.T.tolist()
+    values = {name: float(value) for name, value in measures(means, layers).items()}
+    return RowBalance(
+        modality=tally.modality,
+        answers_only=answers_only,
+        rows=int(tally.rows.sum()),
+        inputs=int((tally.rows > 0).sum()),
+        mass=tally.by_head(),
+        self_mass=tuple(own),
+        cross_mass=tuple(cross),
+        pseudo_mass=tuple(pseudo),
+        **values,
+        decay_fit=fit_decay(means, layers),
+        intervals=over_inputs(tally, layers),
+        mass_interval=of_masses(tally),
+        tally=tally,
+    )
+
+
+def _summed(mass: np.ndarray, selected: np.ndarray) -> np.ndarray:
+    """(B, H, N, M + 1) over the rows selected (B, N): (B, H, M + 1). Other rows may hold anything."""
+    return np.where(selected[:, None, :, None], mass, 0.0).sum(axis=2, dtype=np.float64)
+
+
+def _check(
+    masses: Sequence[np.ndarray], query_modality: np.ndarray, answer_rows: np.ndarray | None, layers: Sequence[int]
+) -> None:
+    if not len(masses) or len(layers) != len(masses):
         raise ModaValueError(
             f"masses has {len(masses)} layers and layers {len(layers)} entries; equal and at least 1 wanted"
         )
@@ -53,62 +133,3 @@ def balance_of_masses(
         raise ModaValueError(
             f"answer_rows has shape {answer_rows.shape}; {query_modality.shape} wanted, as query_modality"
         )
-
-    present = [int(modality) for modality in np.unique(query_modality) if modality >= 0]
-
-    def rows_of(selection: np.ndarray, answers_only: bool) -> tuple[RowBalance, ...]:
-        chosen = [(modality, (query_modality == modality) & selection) for modality in present]
-        return tuple(
-            _row_balance(masses, rows, layers, modality, answers_only) for modality, rows in chosen if rows.any()
-        )
-
-    everything = np.ones(query_modality.shape, dtype=bool)
-    return BalanceReport(
-        layers=layers,
-        modalities=rows_of(everything, False),
-        answers=() if answer_rows is None else rows_of(answer_rows.astype(bool), True),
-        patched=patched,
-    )
-
-
-def _row_balance(
-    masses: Sequence[np.ndarray], rows: np.ndarray, layers: Sequence[int], modality: int, answers_only: bool
-) -> RowBalance:
-    """``masses`` of every layer, (B, H, N, M + 1); ``rows`` (B, N) bool: the R query rows to take the mean of."""
-    heads = max(mass.shape[1] for mass in masses)
-    by_head = np.full((len(masses), heads, masses[0].shape[-1]), np.nan)
-    for layer, mass in zip(by_head, masses, strict=True):
-        layer[: mass.shape[1]] = mass.transpose(0, 2, 1, 3)[rows].mean(axis=0, dtype=np.float64)
-    per_layer = np.nanmean(by_head, axis=1)
-    own, pseudo = per_layer[:, modality], per_layer[:, -1]
-    cross = np.delete(per_layer[:, :-1], modality, axis=1).sum(axis=1)
-    gap, visible = np.abs(own - cross), own + cross
-    # A layer whose pseudo-scores take everything shows no preference between the modalities.
-    relative = np.divide(gap, visible, out=np.zeros_like(gap), where=visible > 0)
-    gamma = cross_decay(cross, layers)
-    numbers = np.arange(1, len(gap) + 1)
-    return RowBalance(
-        modality=modality,
-        answers_only=answers_only,
-        rows=int(rows.sum()),
-        mass=by_head,
-        self_mass=tuple(own.tolist()),
-        cross_mass=tuple(cross.tolist()),
-        pseudo_mass=tuple(pseudo.tolist()),
-        disparity=float(gap.mean()),
-        relative_disparity=float(relative.mean()),
-        pseudo_share=float(pseudo.mean()),
-        decay=gamma,
-        error=float(np.prod(gamma**numbers * gap)),
-    )
-
-
-def cross_decay(cross: np.ndarray, layers: Sequence[int]) -> float:
-    """gamma: the factor by which cross-modal mass changes from layer to layer, by least squares on its logarithm.
-
-    NaN with fewer than two layers, or where a layer's cross mass is 0 and has no logarithm.
-    """
-    if len(layers) < 2 or np.any(cross <= 0):
-        return float("nan")
-    position = np.asarray(layers, dtype=np.float64) - np.mean(layers)
-    return float(np.exp(position @ np.log(cross) / (position @ position)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -41,10 +41,17 @@ class AttentionCall:
     queries: Queries
     scale: float
 
-    def attend(self, *, num_modalities: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """The output (B, Hq, n, D) and, given M, the attention mass (B, Hq, n, M + 1) by modality of the key."""
-        tensors = (self.layer, self.query, self.key, self.value, self.state)
+    def attend(self, *, value: Tensor | None = None, num_modalities: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """The output (B, Hq, n, D), of another `value` where one is given, and, given M, the attention mass
+        (B, Hq, n, M + 1) by modality of the key."""
+        value = self.value if value is None else value
+        tensors = (self.layer, self.query, self.key, value, self.state)
         return attend(*tensors, scale=self.scale, queries=self.queries, num_modalities=num_modalities)
+
+    def in_dtype(self, dtype: torch.dtype) -> AttentionCall:
+        """The same call on query, key and value of another dtype."""
+        wide = {name: getattr(self, name).to(dtype) for name in ("query", "key", "value")}
+        return replace(self, **wide)
 
     @property
     def num_modalities(self) -> int:

@@ -1,1 +1,5 @@
-//! Plans of duplex alignment, of the modality ids and of the pseudo-scores.
+//! Plans of duplex alignment and of the pseudo-scores.
+
+mod sink;
+
+pub use sink::{SinkBackwardParams, SinkParams, pseudo_sink, pseudo_sink_backward};

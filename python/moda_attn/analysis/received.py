@@ -1,0 +1,173 @@
+"""The attention that every token receives: a heat map over the image, without an attention map."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._checks import compute_dtype
+from ..config import TEXT
+from ..errors import ModaRuntimeError, ModaValueError
+from ..hf.record import AttentionCall
+from .grid import ImageTokens, image_tokens
+from .measure import forward, is_patched, selections
+from .report import modality_name, plain
+
+
+@dataclass(frozen=True)
+class ReceivedAttention:
+    """The attention mass that every token receives, layer by layer.
+
+    Attributes:
+        layers: indices of the measured layers, in order.
+        modality: (B, N) of the tokens, -1 for padding.
+        mass: (modality, answer rows alone) of the query rows -> (L, B, N): mean over these rows of the same batch row,
+            and over heads. NaN in a batch row that has no such query rows. Over the tokens of a row it adds up to 1,
+            less the pseudo-scores' share (to 2 at most with ``combine="split"``).
+        images: for each batch row its images.
+        patched: whether the model was patched.
+    """
+
+    layers: tuple[int, ...]
+    modality: np.ndarray
+    mass: dict[tuple[int, bool], np.ndarray]
+    images: tuple[tuple[ImageTokens, ...], ...]
+    patched: bool
+
+    def of(self, modality: int = TEXT, *, answers_only: bool = False) -> np.ndarray:
+        """(L, B, N): what the query rows of `modality` give; raises ``KeyError`` where there are none."""
+        if (modality, answers_only) not in self.mass:
+            raise KeyError(f"no {'answer ' if answers_only else ''}query rows of {modality_name(modality)}")
+        return self.mass[modality, answers_only]
+
+    def heat_map(
+        self,
+        row: int = 0,
+        image: int = 0,
+        *,
+        modality: int = TEXT,
+        answers_only: bool = False,
+        grid: tuple[int, int, int] | None = None,
+    ) -> np.ndarray:
+        """(L, frames x height, width): what one image of one batch row receives from the query rows of `modality`.
+
+        Args:
+            row, image: which; modality, answers_only: from whom.
+            grid: (frames, height, width) where the image does not know its own.
+
+        Raises:
+            ModaValueError: nothing tells how the tokens of that image lie on it, or a grid of another size.
+            IndexError: there is no such row or image.
+        """
+        tokens = self.images[row][image]
+        if grid is None:
+            grid = tokens.grid
+        if grid is None or math.prod(grid) != len(tokens.columns):
+            raise ModaValueError(
+                f"image {image} of row {row} has {len(tokens.columns)} tokens, and how they lie is "
+                f"{'not known' if grid is None else grid}; give grid = (frames, height, width) with as many"
+            )
+        frames, height, width = grid
+        received = self.of(modality, answers_only=answers_only)[:, row, tokens.columns]
+        return received.reshape(len(self.layers), frames * height, width)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists; None stands for NaN."""
+        return {
+            "patched": self.patched,
+            "layers": list(self.layers),
+            "modality": self.modality.tolist(),
+            "images": [[{"columns": i.columns.tolist(), "grid": i.grid} for i in row] for row in self.images],
+            "mass": [
+                {"modality": modality, "answers_only": answers, "received": plain(received)}
+                for (modality, answers), received in self.mass.items()
+            ],
+        }
+
+
+def received_attention(model: nn.Module, **inputs: Any) -> ReceivedAttention:
+    """The attention that every token receives from the query rows of each modality, and from the answer rows alone.
+
+    One forward pass in evaluation mode, in memory linear in the sequence length. Key j receives ``sum_i w_i p_ij`` from
+    rows weighted w: the gradient of attention with respect to value j, where the output's gradient is w in one column.
+    So the kernel's backward pass, which recomputes p from the logarithm of the row sums, gives it, for as many choices
+    of w at once as the heads have dimensions.
+
+    Args:
+        model: a supported Hugging Face model, patched or not; left as it was found.
+        **inputs: what its ``forward`` takes; ``labels`` mark the answer rows, those that predict a supervised token.
+    """
+    recorder = forward(model, ReceivedRecorder(inputs.get("labels")), inputs)
+    layers = tuple(sorted(recorder.received))
+    stacked = np.stack([recorder.received[layer] for layer in layers], axis=1)
+    assert recorder.modality is not None
+    modality = recorder.modality.cpu().numpy()
+    return ReceivedAttention(
+        layers,
+        modality,
+        dict(zip(recorder.selections, stacked, strict=True)),
+        image_tokens(model.config, inputs, modality),
+        is_patched(model),
+    )
+
+
+class ReceivedRecorder:
+    """Collects for each layer what every key receives from each selection of query rows, (S, B, K).
+
+    Args:
+        labels: (B, N), where the model is given them merged already.
+    """
+
+    def __init__(self, labels: Tensor | None):
+        self.labels = labels
+        self.modality: Tensor | None = None
+        self.selections: dict[tuple[int, bool], Tensor] = {}
+        self.received: dict[int, np.ndarray] = {}
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Called by the attention function."""
+        if call.index in self.received:
+            raise ModaRuntimeError("a layer was called twice in one forward pass; use_cache and chunking must be off")
+        if self.modality is None:
+            self.modality = call.queries.modality
+            self.selections = selections(call.queries.modality, self.labels)
+        rows = torch.stack(list(self.selections.values())).to(call.query.device)
+        output, received = attend_and_receive(call, rows)
+        self.received[call.index] = received.double().cpu().numpy()
+        return output
+
+
+def attend_and_receive(call: AttentionCall, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The output (B, Hq, n, D) of `call`, and what every key receives from each selection of query rows.
+
+    Args:
+        call: of one layer.
+        rows: (S, B, n) bool, at most D selections of query rows.
+
+    Returns:
+        The output, and (S, B, K): the mean over the selected rows and over heads of the mass on each key; NaN where
+        nothing is selected.
+    """
+    selected, heads, dtype = len(rows), call.query.shape[1], call.query.dtype
+    if selected > call.query.shape[-1]:
+        raise ModaValueError(
+            f"{selected} selections of query rows; wanted at most {call.query.shape[-1]}, the head dim"
+        )
+    # Gradients of a bfloat16 value would be bfloat16 too: three digits.
+    wide = call.in_dtype(compute_dtype(dtype))
+    weights = rows.to(wide.query.dtype)
+    weights = weights / weights.sum(-1, keepdim=True) / heads
+    with torch.enable_grad():
+        value = wide.value.detach().requires_grad_()
+        output, _ = wide.attend(value=value)
+        gradient = torch.zeros_like(output)
+        # A row of zeros in place of NaN: it would spoil the gradient of the other selections.
+        gradient[..., :selected] = weights.nan_to_num().permute(1, 2, 0)[:, None]
+        (received,) = torch.autograd.grad(output, value, gradient)
+    received = received[..., :selected].sum(1).permute(2, 0, 1)
+    return output.detach().to(dtype), received.masked_fill(~rows.any(-1)[..., None], torch.nan)

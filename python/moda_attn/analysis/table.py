@@ -1,0 +1,90 @@
+"""Reports as plain text, for the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from .measures import FACTORS
+
+if TYPE_CHECKING:
+    from .compare import BalanceComparison
+    from .intervals import Change
+    from .report import BalanceReport, RowBalance
+
+MEASURE_NAMES = {
+    "disparity": "disparity",
+    "relative_disparity": "relative disparity",
+    "pseudo_share": "pseudo share",
+    "decay": "decay γ",
+    "error": "E_DDA",
+}
+
+
+def balance_table(report: BalanceReport) -> str:
+    """Every layer of every kind of query rows, and the measures with what is known of their errors."""
+    lines = [f"Attention balance, {'patched' if report.patched else 'unpatched'} model, {len(report.layers)} layers"]
+    for row in report.every:
+        inputs = f" of {row.inputs} inputs" if row.inputs > 1 else ""
+        lines += ["", f"{row.name}: {row.rows} query rows{inputs}", "  layer    self   cross  pseudo  |self-cross|"]
+        masses = zip(report.layers, row.self_mass, row.cross_mass, row.pseudo_mass, strict=True)
+        for layer, own, cross, pseudo in masses:
+            lines.append(f"  {layer:5d}  {own:6.3f}  {cross:6.3f}  {pseudo:6.3f}  {abs(own - cross):12.3f}")
+        lines += [_factors(row), _shares(row)]
+    return "\n".join(lines)
+
+
+def _shares(row: RowBalance) -> str:
+    titles = {"disparity": "disparity", "relative_disparity": "relative", "pseudo_share": "pseudo share"}
+    cells = [
+        f"{title} {getattr(row, name):.3f}{_bracket(row.intervals[name], '.3f')}" for name, title in titles.items()
+    ]
+    return "  " + ", ".join(cells)
+
+
+def _factors(row: RowBalance) -> str:
+    fit = row.decay_fit
+    by_fit = [_bracket((fit.low, fit.high), ".3f"), _bracket((fit.error_low, fit.error_high), ".1e")]
+    cells = [f"decay {row.decay:.3f}{by_fit[0]}", f"E_DDA {row.error:.2e}{by_fit[1]}"]
+    over = [_bracket(row.intervals[name], form) for name, form in (("decay", ".3f"), ("error", ".1e"))]
+    if any(over):
+        cells = [f"{cell} by the fit,{more} over inputs" for cell, more in zip(cells, over, strict=True)]
+    return "  " + "; ".join(cells)
+
+
+def comparison_table(comparison: BalanceComparison) -> str:
+    """The paper's table: each measure before and after, always all of them, with the change and its interval."""
+    before, after = comparison.names
+    inputs = max(row.before.inputs for row in comparison.rows)
+    sample = f"{inputs} inputs, {'paired' if comparison.paired else 'not paired'}" if inputs > 1 else "one input"
+    lines = [f"Attention balance, {before} → {after}; {sample}; in brackets 95 % intervals over the inputs"]
+    width = max(len(row.name) for row in comparison.rows)
+    for row in comparison.rows:
+        lines.append("")
+        for place, (name, title) in enumerate(MEASURE_NAMES.items()):
+            one, other = (value_text(name, getattr(balance, name)) for balance in (row.before, row.after))
+            label = f"  {row.name if place == 0 else '':<{width}}  {title:<18}"
+            lines.append(f"{label}  {one:>9} → {other:>9}   {change_text(name, row.changes[name])}")
+    return "\n".join(lines)
+
+
+def value_text(name: str, value: float) -> str:
+    """A share in per cent, a factor as it is, a dash where there is none."""
+    if math.isnan(value):
+        return "–"
+    return f"{100 * value:.2f} %" if name not in FACTORS else f"{value:.3f}" if name == "decay" else f"{value:.2e}"
+
+
+def change_text(name: str, change: Change) -> str:
+    """Points for shares, a ratio for factors; the interval where there is one."""
+    if math.isnan(change.value):
+        return "–"
+    if name in FACTORS:
+        return f"× {change.value:.3g}{_bracket(change[1:], '.3g')}"
+    low, high = 100 * change.low, 100 * change.high
+    return f"{100 * change.value:+.2f} points{_bracket((low, high), '+.2f')}"
+
+
+def _bracket(interval: tuple[float, float], form: str) -> str:
+    low, high = interval
+    return "" if math.isnan(low) or math.isnan(high) else f" [{low:{form}}, {high:{form}}]"

@@ -1,0 +1,35 @@
+// What the kernels that work on tiles of tokens share: a tile is ROWS tokens of one head, all of its D columns.
+
+constexpr int COLUMNS = (HEAD_DIM + 31) / 32 * 32;
+#if DTYPE >= 2
+constexpr int ROWS = HEAD_DIM > 128 ? 64 : 128;
+#else
+constexpr int ROWS = 32;
+#endif
+
+// The smallest modality above `after` among the tokens of a tile, PADDING where there is none.
+__device__ __forceinline__ int next_modality(const u8 (&codes)[ROWS], int after) {
+    int next = PADDING;
+    for (int at = 0; at < ROWS; at += 4) {
+        u32 four = *(const u32*)(codes + at);
+#pragma unroll
+        for (int byte = 0; byte < 4; byte++) {
+            int code = four >> (8 * byte) & 255;
+            if (code > after && code < next) next = code;
+        }
+    }
+    return next;
+}
+
+// The codes of a tile's tokens; PADDING past the end of the row of `count` codes.
+__device__ __forceinline__ void load_codes(u8 (&codes)[ROWS], const u8* row, i64 first, i64 count) {
+    for (int at = threadIdx.x; at < ROWS; at += THREADS) codes[at] = first + at < count ? row[first + at] : PADDING;
+}
+
+// Four numbers of the unit key (k + eps) / ||k + eps||.
+__device__ __forceinline__ Four unit_four(const element* key, real inverse, real eps) {
+    Four four = load_four(key);
+#pragma unroll
+    for (int e = 0; e < 4; e++) four.at[e] = (four.at[e] + eps) * inverse;
+    return four;
+}
