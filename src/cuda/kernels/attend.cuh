@@ -7,6 +7,9 @@
 // tile, a divisor of TOKENS. A tile of pairs is judged once by the summaries of its tokens; only tiles with padding,
 // a boundary or several modalities look at single tokens.
 
+#ifndef KEYS
+#define KEYS TOKENS
+#endif
 #ifndef PART
 #define PART 0
 #endif
@@ -41,18 +44,13 @@ struct attend_inputs {
     i64 bias_strides[4];
     double scale;
     int heads;                   // Hq
+    int key_heads;               // Hkv
     int group;                   // query heads that read one key head
     int queries;                 // Nq
     int keys;                    // Nk
     int range_rows;              // batch rows of ranges
-    int modalities;              // M
+    int unused[2];
 };
-
-__device__ __forceinline__ int blocks_of(int tokens) { return (tokens + TOKENS - 1) / TOKENS; }
-
-__device__ __forceinline__ const u8* codes_of(const u8* codes, int b, int tokens) {
-    return codes + (i64)b * blocks_of(tokens) * TOKENS;
-}
 
 // One past the last key that the causal limit leaves a query.
 __device__ __forceinline__ int limit(const attend_inputs& p, int query) {

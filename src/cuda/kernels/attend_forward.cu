@@ -47,8 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_forward(const __gri
     const int warp_row = threadIdx.x / 32 * 16 * ROW_TILES;
 
 #if SPLIT
-    const int key_heads = in.heads / in.group;
-    const int b = blockIdx.x / key_heads, key_head = blockIdx.x % key_heads, head = key_head * in.group;
+    const int b = blockIdx.x / in.key_heads, key_head = blockIdx.x % in.key_heads, head = key_head * in.group;
     const int first_row = blockIdx.y * ROWS, rows = in.group * in.queries;
     const int first = 0, last = in.queries;
     auto row_at = [&](int row) -> row_of_queries {

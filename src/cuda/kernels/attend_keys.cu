@@ -39,8 +39,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_keys(const __grid_c
         return {tile, tile + QUERIES * PITCH, rows, rows + PARTS * QUERIES};
     };
     const attend_inputs& in = p.inputs;
-    const int key_heads = in.heads / in.group;
-    const int b = blockIdx.x / key_heads, key_head = blockIdx.x % key_heads;
+    const int b = blockIdx.x / in.key_heads, key_head = blockIdx.x % in.key_heads;
     const int first_key = blockIdx.y * KEYS, warp_key = threadIdx.x / 32 * 16;
     const u8* key_codes = codes_of(in.key_codes, b, in.keys) + first_key;
     const u8* query_codes = codes_of(in.query_codes, b, in.queries);
