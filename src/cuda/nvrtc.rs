@@ -232,9 +232,10 @@ pub fn options(defines: &[(&str, i64)], (major, minor): (u32, u32), want: Want) 
         Want::Ptx => format!("--gpu-architecture=compute_{major}{minor}"),
     };
     let mut options = vec![architecture, "--std=c++17".to_owned()];
-    if want == Want::Cubin {
-        options.push("--ptxas-options=-v".to_owned());
-    }
+    options.push(match want {
+        Want::Cubin => "--ptxas-options=-v".to_owned(),
+        Want::Ptx => "--generate-line-info".to_owned(),
+    });
     options.extend(defines.iter().map(|(name, value)| format!("-D{name}={value}")));
     options
 }

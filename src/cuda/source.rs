@@ -1,31 +1,46 @@
 //! The CUDA C++ texts, embedded in the library. A text is its pieces one after the other: there is no `#include`.
 
+/// A file of `kernels/`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Its name there.
+    pub name: &'static str,
+    /// What it holds.
+    pub text: &'static str,
+}
+
+macro_rules! piece {
+    ($name:literal) => {
+        Piece { name: $name, text: include_str!(concat!("kernels/", $name)) }
+    };
+}
+
 /// Element types of every kernel, chosen by `-D DTYPE`, and their conversions.
-const TYPES: &str = include_str!("kernels/types.cuh");
+const TYPES: Piece = piece!("types.cuh");
 
 /// Layout of modality ids.
-const IDS: &str = include_str!("kernels/ids.cuh");
+const IDS: Piece = piece!("ids.cuh");
 
 /// Reading and checking the caller's ids.
-const READ_IDS: &str = include_str!("kernels/read_ids.cuh");
+const READ_IDS: Piece = piece!("read_ids.cuh");
 
 /// Tiles in shared memory.
-const TILE: &str = include_str!("kernels/tile.cuh");
+const TILE: Piece = piece!("tile.cuh");
 
 /// Products of tiles.
-const PRODUCT: &str = include_str!("kernels/product.cuh");
+const PRODUCT: Piece = piece!("product.cuh");
 
 /// Inputs of attention, visible pairs.
-const ATTEND: &str = include_str!("kernels/attend.cuh");
+const ATTEND: Piece = piece!("attend.cuh");
 
 /// Rows of queries.
-const ROWS: &str = include_str!("kernels/rows.cuh");
+const ROWS: Piece = piece!("rows.cuh");
 
 /// The end of a softmax.
-const SOFTMAX: &str = include_str!("kernels/softmax.cuh");
+const SOFTMAX: Piece = piece!("softmax.cuh");
 
 /// Columns of queries.
-const COLUMNS: &str = include_str!("kernels/columns.cuh");
+const COLUMNS: Piece = piece!("columns.cuh");
 
 /// One compilation unit of `kernels/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -83,27 +98,29 @@ impl Source {
         }
     }
 
-    const fn pieces(self) -> &'static [&'static str] {
+    /// What it is made of, in order.
+    pub const fn pieces(self) -> &'static [Piece] {
         match self {
-            Self::AttendBias => &[TYPES, IDS, include_str!("kernels/attend_bias.cu")],
-            Self::AttendCombine => {
-                &[TYPES, IDS, TILE, PRODUCT, ATTEND, SOFTMAX, include_str!("kernels/attend_combine.cu")]
-            }
-            Self::AttendDelta => &[TYPES, IDS, TILE, PRODUCT, ATTEND, include_str!("kernels/attend_delta.cu")],
-            Self::AttendForward => {
-                &[TYPES, IDS, TILE, PRODUCT, ATTEND, ROWS, SOFTMAX, include_str!("kernels/attend_forward.cu")]
-            }
-            Self::AttendKeys => &[TYPES, IDS, TILE, PRODUCT, ATTEND, COLUMNS, include_str!("kernels/attend_keys.cu")],
-            Self::AttendRows => &[TYPES, IDS, TILE, PRODUCT, ATTEND, ROWS, include_str!("kernels/attend_rows.cu")],
-            Self::AttendSum => &[TYPES, include_str!("kernels/attend_sum.cu")],
-            Self::Ids => &[TYPES, IDS, READ_IDS, include_str!("kernels/ids.cu")],
-            Self::Ranges => &[TYPES, IDS, READ_IDS, include_str!("kernels/ranges.cu")],
-            Self::Sink => &[TYPES, IDS, READ_IDS, include_str!("kernels/sink.cu")],
+            Self::AttendBias => &[TYPES, IDS, piece!("attend_bias.cu")],
+            Self::AttendCombine => &[TYPES, IDS, TILE, PRODUCT, ATTEND, SOFTMAX, piece!("attend_combine.cu")],
+            Self::AttendDelta => &[TYPES, IDS, TILE, PRODUCT, ATTEND, piece!("attend_delta.cu")],
+            Self::AttendForward => &[TYPES, IDS, TILE, PRODUCT, ATTEND, ROWS, SOFTMAX, piece!("attend_forward.cu")],
+            Self::AttendKeys => &[TYPES, IDS, TILE, PRODUCT, ATTEND, COLUMNS, piece!("attend_keys.cu")],
+            Self::AttendRows => &[TYPES, IDS, TILE, PRODUCT, ATTEND, ROWS, piece!("attend_rows.cu")],
+            Self::AttendSum => &[TYPES, piece!("attend_sum.cu")],
+            Self::Ids => &[TYPES, IDS, READ_IDS, piece!("ids.cu")],
+            Self::Ranges => &[TYPES, IDS, READ_IDS, piece!("ranges.cu")],
+            Self::Sink => &[TYPES, IDS, READ_IDS, piece!("sink.cu")],
         }
     }
 
     /// The whole text.
     pub fn text(self) -> String {
-        self.pieces().concat()
+        joined(self.pieces().iter().map(|piece| (piece.name, piece.text)))
     }
+}
+
+/// One text of several, in which the compiler still names each by its own name and lines.
+pub fn joined<'a>(pieces: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
+    pieces.into_iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n")).collect()
 }

@@ -237,13 +237,16 @@ fn keys(
             ("STAGES", stages as i64),
             ("OUTPUT", output),
         ]);
-        launches.push(fits(problem, Launch {
-            kernel: Kernel { source: Source::AttendKeys, entry: "attend_keys", defines },
-            grid: [(b * hkv) as u32, blocks(nk, 16 * warps), 1],
-            block: 32 * warps as u32,
-            shared: shared(stages) as u32,
-            params: params.bytes(),
-        })?);
+        launches.push(fits(
+            problem,
+            Launch {
+                kernel: Kernel { source: Source::AttendKeys, entry: "attend_keys", defines },
+                grid: [(b * hkv) as u32, blocks(nk, 16 * warps), 1],
+                block: 32 * warps as u32,
+                shared: shared(stages) as u32,
+                params: params.bytes(),
+            },
+        )?);
     }
     Ok(())
 }

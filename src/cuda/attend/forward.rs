@@ -175,7 +175,8 @@ fn softmax(
         _ => 0,
     };
     let parts = outputs.parts.map_or(0, |parts| parts.pointer);
-    let [partial_sums, partial_totals] = plan.partial.map_or([0; 2], |regions| regions.map(|region| region.at(workspace)));
+    let [partial_sums, partial_totals] =
+        plan.partial.map_or([0; 2], |regions| regions.map(|region| region.at(workspace)));
     let (tiles, splits) = cut.split.unwrap_or((0, 1));
     let params = ForwardParams {
         inputs,
@@ -200,13 +201,16 @@ fn softmax(
         None => [(b * hq) as u32, blocks(nq, cut.rows()), 1],
         Some(_) => [(b * hkv) as u32, blocks(rows, cut.rows()), splits as u32],
     };
-    launches.push(fits(problem, Launch {
-        kernel: Kernel { source: Source::AttendForward, entry: "attend_forward", defines },
-        grid,
-        block: 32 * cut.warps as u32,
-        shared: tile_bytes(cut.rows() + 2 * cut.keys, dtype, dim) as u32,
-        params: params.bytes(),
-    })?);
+    launches.push(fits(
+        problem,
+        Launch {
+            kernel: Kernel { source: Source::AttendForward, entry: "attend_forward", defines },
+            grid,
+            block: 32 * cut.warps as u32,
+            shared: tile_bytes(cut.rows() + 2 * cut.keys, dtype, dim) as u32,
+            params: params.bytes(),
+        },
+    )?);
     if cut.split.is_some() {
         let count = b * hkv * rows;
         let params = CombineParams {

@@ -65,13 +65,16 @@ pub(super) fn launch(problem: &AttendProblem, params: &RowsParams, pass: Pass) -
         ("KEYS", keys as i64),
         ("STAGES", stages as i64),
     ]);
-    fits(problem, Launch {
-        kernel: Kernel { source: Source::AttendRows, entry: "attend_rows", defines },
-        grid: [(b * hq) as u32, blocks(nq, 16 * warps), 1],
-        block: 32 * warps as u32,
-        shared: shared(stages) as u32,
-        params: params.bytes(),
-    })
+    fits(
+        problem,
+        Launch {
+            kernel: Kernel { source: Source::AttendRows, entry: "attend_rows", defines },
+            grid: [(b * hq) as u32, blocks(nq, 16 * warps), 1],
+            block: 32 * warps as u32,
+            shared: shared(stages) as u32,
+            params: params.bytes(),
+        },
+    )
 }
 
 /// Attention mass (B, Hq, Nq, M + 1) by the modality of the key, from the logsumexp.

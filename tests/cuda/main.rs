@@ -1,0 +1,9 @@
+//! The CUDA kernels as NVRTC compiles them, run by an interpreter against the specification in float64. Needs NVRTC (from
+//! torch, from the package nvidia-cuda-nvrtc, or named by MODA_ATTN_NVRTC), not a GPU.
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../emulator/mod.rs"]
+mod emulator;
+
+mod sum;
