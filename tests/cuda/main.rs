@@ -6,4 +6,5 @@ mod common;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 
+mod attend;
 mod sum;

@@ -32,4 +32,4 @@ mod scan;
 mod shared;
 mod warp;
 
-pub(crate) use gpu::Gpu;
+pub(crate) use gpu::{Gpu, Plain};

@@ -1,0 +1,172 @@
+//! Attention, forward and backward: every kernel against the specification.
+
+use crate::common::{
+    AttendBuffers, AttendCase, AttendGradientBuffers, AttendOptions, BiasTable, Layout, Padding, Ranges, Rng, Sinks, Storage,
+    Tensor,
+};
+use crate::emulator::{Gpu, Plain};
+use half::{bf16, f16};
+use moda_attn::cuda::DeviceTensor;
+use moda_attn::cuda::attend::{backward, backward_workspace, forward, forward_workspace};
+use moda_attn::cuda::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Target};
+use moda_attn::dtype::{DType, Element, Real};
+use moda_attn::ids::Ids;
+use moda_attn::problem::{Combine, MassBy};
+
+/// Elements whose numbers a buffer of the device can hold.
+trait DeviceElement: Element<Acc: Plain> + Plain {}
+impl<T: Element<Acc: Plain> + Plain> DeviceElement for T {}
+
+/// A case on the device.
+struct Device<'c, T: Element> {
+    gpu: Gpu,
+    case: &'c AttendCase<T>,
+    problem: AttendProblem,
+}
+
+fn upload<T: Element + Plain, const R: usize>(gpu: &mut Gpu, tensor: &Tensor<T, R>) -> DeviceTensor<R> {
+    let (memory, offset, strides) = tensor.memory();
+    let pointer = gpu.buffer(memory) + (offset * T::SIZE) as u64;
+    DeviceTensor { pointer, dtype: T::DTYPE, shape: tensor.shape, strides }
+}
+
+fn upload_ids(gpu: &mut Gpu, ids: &Ids) -> DeviceTensor<2> {
+    let [batch, tokens] = ids.shape();
+    let flat: Vec<i64> = (0..batch).flat_map(|b| ids.row(b).iter().map(|&id| i64::from(id))).collect();
+    DeviceTensor::contiguous(gpu.buffer(&flat), DType::Int64, [batch, tokens])
+}
+
+impl<'c, T: DeviceElement> Device<'c, T> {
+    fn new(case: &'c AttendCase<T>) -> Self {
+        let mut gpu = Gpu::new();
+        let AttendOptions { batch, heads, queries, keys, modalities, combine, causal, .. } = case.options;
+        let key_range = case.ranges.as_ref().map(|ranges| {
+            let [rows, _] = ranges.shape();
+            let bounds = |b, i| [ranges.get(b, i).start as i32, ranges.get(b, i).end as i32];
+            let flat: Vec<i32> = (0..rows).flat_map(|b| (0..queries).flat_map(move |i| bounds(b, i))).collect();
+            DeviceTensor::contiguous(gpu.buffer(&flat), DType::Int32, [rows, queries, 2])
+        });
+        let problem = AttendProblem {
+            target: Target::SM_80,
+            record: gpu.variable(&[u64::MAX]),
+            query: upload(&mut gpu, &case.query),
+            key: upload(&mut gpu, &case.key),
+            value: upload(&mut gpu, &case.value),
+            modality: upload_ids(&mut gpu, &case.modality),
+            query_modality: upload_ids(&mut gpu, &case.query_modality),
+            sink: case.sink.as_ref().map(|sink| {
+                upload(&mut gpu, sink).broadcast([batch, heads, queries, combine.parts()]).unwrap()
+            }),
+            bias: case.bias.as_ref().map(|bias| {
+                upload(&mut gpu, bias).broadcast([batch, heads, modalities, modalities]).unwrap()
+            }),
+            key_range,
+            causal,
+            scale: case.scale.to_f64(),
+            combine,
+            num_modalities: Some(modalities),
+        };
+        assert_eq!(problem.modality.shape, [batch, keys]);
+        Self { gpu, case, problem }
+    }
+
+    fn output<N: Element + Plain, const R: usize>(&mut self, shape: [usize; R]) -> DeviceTensor<R> {
+        DeviceTensor::contiguous(self.gpu.output::<N>(shape.iter().product()), N::DTYPE, shape)
+    }
+
+    fn download<N: Element + Plain, const R: usize>(&self, tensor: DeviceTensor<R>) -> Tensor<N, R> {
+        Tensor::new(self.gpu.read::<N>(tensor.pointer), tensor.shape)
+    }
+
+    fn forward(&mut self) -> (AttendOutputs, AttendBuffers<T>) {
+        let AttendOptions { batch, heads, queries, dim, modalities, combine, mass, .. } = self.case.options;
+        let outputs = AttendOutputs {
+            out: self.output::<T, 4>([batch, heads, queries, dim]),
+            logsumexp: self.output::<T::Acc, 4>([batch, heads, combine.parts(), queries]),
+            parts: (combine == Combine::Split).then(|| self.output::<T::Acc, 5>([batch, heads, 2, queries, dim])),
+            mass: Some((mass, self.output::<T::Acc, 4>([batch, heads, queries, mass.columns(modalities)]))),
+        };
+        let workspace = self.gpu.output::<u8>(forward_workspace(&self.problem));
+        let launches = forward(&self.problem, &outputs, workspace).unwrap();
+        self.gpu.run(&launches);
+        let buffers = AttendBuffers {
+            out: self.download(outputs.out),
+            logsumexp: self.download(outputs.logsumexp),
+            parts: outputs.parts.map(|parts| self.download(parts)),
+            mass: self.download(outputs.mass.unwrap().1),
+        };
+        (outputs, buffers)
+    }
+
+    fn backward(&mut self, forward: &AttendOutputs) -> AttendGradientBuffers<T> {
+        let case = self.case;
+        let AttendOptions { batch, heads, queries, modalities, combine, .. } = case.options;
+        let upstream = AttendUpstream {
+            out_gradient: upload(&mut self.gpu, &case.out_gradient),
+            out: forward.out,
+            logsumexp: forward.logsumexp,
+            parts: forward.parts,
+        };
+        let gradients = AttendGradients {
+            query: self.output::<T, 4>(case.query.shape),
+            key: self.output::<T, 4>(case.key.shape),
+            value: self.output::<T, 4>(case.value.shape),
+            sink: case.sink.as_ref().map(|_| self.output::<T::Acc, 4>([batch, heads, queries, combine.parts()])),
+            bias: case.bias.as_ref().map(|_| self.output::<T::Acc, 4>([batch, heads, modalities, modalities])),
+        };
+        let workspace = self.gpu.output::<u8>(backward_workspace(&self.problem));
+        let launches = backward(&self.problem, &upstream, &gradients, workspace).unwrap();
+        self.gpu.run(&launches);
+        AttendGradientBuffers {
+            query: self.download(gradients.query),
+            key: self.download(gradients.key),
+            value: self.download(gradients.value),
+            sink: gradients.sink.map(|sink| self.download(sink)),
+            bias: gradients.bias.map(|bias| self.download(bias)),
+        }
+    }
+}
+
+/// Forward and backward of a case, both held to the specification.
+#[track_caller]
+fn check<T: DeviceElement>(seed: u64, options: AttendOptions) {
+    let case = AttendCase::<T>::new(&mut Rng::new(seed), options);
+    let mut device = Device::new(&case);
+    let (outputs, buffers) = device.forward();
+    case.check_forward(&buffers);
+    case.check_backward(&device.backward(&outputs));
+}
+
+/// Two tiles of keys and a boundary in each dimension, everything on.
+fn usual() -> AttendOptions {
+    AttendOptions {
+        batch: 2,
+        heads: 2,
+        key_heads: 1,
+        queries: 70,
+        keys: 90,
+        dim: 32,
+        padding: Padding::Right,
+        ..AttendOptions::default()
+    }
+}
+
+#[test]
+fn float32_matches_the_specification() {
+    check::<f32>(0, usual());
+}
+
+#[test]
+fn float64_matches_the_specification() {
+    check::<f64>(0, usual());
+}
+
+#[test]
+fn bfloat16_matches_the_specification() {
+    check::<bf16>(0, usual());
+}
+
+#[test]
+fn float16_matches_the_specification() {
+    check::<f16>(0, usual());
+}
