@@ -1,8 +1,8 @@
 //! Attention, forward and backward: every kernel against the specification.
 
 use crate::common::{
-    AttendBuffers, AttendCase, AttendGradientBuffers, AttendOptions, BiasTable, Layout, Padding, Ranges, Rng, Sinks, Storage,
-    Tensor,
+    AttendBuffers, AttendCase, AttendGradientBuffers, AttendOptions, BiasTable, Layout, Padding, Ranges, Rng, Sinks,
+    Storage, Tensor,
 };
 use crate::emulator::{Gpu, Plain};
 use half::{bf16, f16};
@@ -54,12 +54,14 @@ impl<'c, T: DeviceElement> Device<'c, T> {
             value: upload(&mut gpu, &case.value),
             modality: upload_ids(&mut gpu, &case.modality),
             query_modality: upload_ids(&mut gpu, &case.query_modality),
-            sink: case.sink.as_ref().map(|sink| {
-                upload(&mut gpu, sink).broadcast([batch, heads, queries, combine.parts()]).unwrap()
-            }),
-            bias: case.bias.as_ref().map(|bias| {
-                upload(&mut gpu, bias).broadcast([batch, heads, modalities, modalities]).unwrap()
-            }),
+            sink: case
+                .sink
+                .as_ref()
+                .map(|sink| upload(&mut gpu, sink).broadcast([batch, heads, queries, combine.parts()]).unwrap()),
+            bias: case
+                .bias
+                .as_ref()
+                .map(|bias| upload(&mut gpu, bias).broadcast([batch, heads, modalities, modalities]).unwrap()),
             key_range,
             causal,
             scale: case.scale.to_f64(),
@@ -137,10 +139,9 @@ fn check<T: DeviceElement>(seed: u64, options: AttendOptions) {
     case.check_backward(&device.backward(&outputs));
 }
 
-/// Two tiles of keys and a boundary in each dimension, everything on.
+/// Two tiles of keys, a boundary in every dimension, everything on.
 fn usual() -> AttendOptions {
     AttendOptions {
-        batch: 2,
         heads: 2,
         key_heads: 1,
         queries: 70,
@@ -151,22 +152,113 @@ fn usual() -> AttendOptions {
     }
 }
 
+/// Every option at random, within what kernels take.
+fn random(rng: &mut Rng) -> AttendOptions {
+    let key_heads = 1 + rng.below(2);
+    let keys = rng.pick(&[1, 17, 64, 65, 128, 150, 200]);
+    AttendOptions {
+        heads: key_heads * (1 + rng.below(3)),
+        key_heads,
+        keys,
+        queries: rng.pick(&[keys, keys, 1 + rng.below(keys), keys + 5]),
+        dim: rng.pick(&[8, 32, 40]),
+        storage: rng.pick(&[Storage::Contiguous, Storage::TokensFirst]),
+        ..AttendOptions::random(rng)
+    }
+}
+
+fn many<T: DeviceElement>(seeds: std::ops::Range<u64>) {
+    for seed in seeds {
+        let options = random(&mut Rng::new(seed));
+        check::<T>(seed, options);
+    }
+}
+
 #[test]
 fn float32_matches_the_specification() {
     check::<f32>(0, usual());
+    many::<f32>(0..12);
 }
 
 #[test]
 fn float64_matches_the_specification() {
     check::<f64>(0, usual());
+    many::<f64>(12..20);
 }
 
 #[test]
 fn bfloat16_matches_the_specification() {
     check::<bf16>(0, usual());
+    many::<bf16>(20..44);
 }
 
 #[test]
 fn float16_matches_the_specification() {
     check::<f16>(0, usual());
+    many::<f16>(44..56);
+}
+
+/// Few queries: keys are split over blocks.
+#[test]
+fn few_queries_match_the_specification() {
+    for seed in 0..16 {
+        let rng = &mut Rng::new(seed);
+        let (queries, heads) = rng.pick(&[(1, 4), (1, 1), (3, 6), (16, 2), (2, 9)]);
+        let mut options = random(rng);
+        (options.key_heads, options.heads, options.queries) = (1 + rng.below(2), heads, queries);
+        options.heads *= options.key_heads;
+        options.keys = rng.pick(&[65, 300, 513]);
+        match seed % 4 {
+            0 => check::<f32>(seed, options),
+            1 => check::<f16>(seed, options),
+            _ => check::<bf16>(seed, options),
+        }
+    }
+}
+
+/// Windows and packed sequences over several blocks of queries and keys.
+#[test]
+fn key_ranges_match_the_specification() {
+    for (seed, ranges) in Ranges::ALL.into_iter().enumerate() {
+        let options = random(&mut Rng::new(seed as u64));
+        let options = AttendOptions { ranges, queries: 260, keys: 260, heads: 2, key_heads: 1, batch: 2, ..options };
+        check::<bf16>(seed as u64, options);
+    }
+}
+
+/// Head dimensions with their own tiles: those that fill no step of 16, and those whose sums fill the registers.
+#[test]
+fn head_dimensions_match_the_specification() {
+    for (seed, dim) in [16, 72, 96, 128, 200, 256].into_iter().enumerate() {
+        let combine = if seed % 2 == 0 { Combine::Joint } else { Combine::Split };
+        let options = AttendOptions { dim, combine, batch: 1, queries: 67, keys: 67, ..usual() };
+        check::<bf16>(seed as u64, options);
+        if dim > 100 {
+            check::<f32>(seed as u64, AttendOptions { heads: 1, queries: 20, ..options });
+            check::<f64>(seed as u64, AttendOptions { heads: 1, queries: 20, ..options });
+        }
+    }
+}
+
+/// Tiles of one modality each: nothing is looked up; pairs that the table forbids are skipped whole.
+#[test]
+fn uniform_tiles_match_the_specification() {
+    for (seed, bias) in [BiasTable::Absent, BiasTable::Shared, BiasTable::Forbidding].into_iter().enumerate() {
+        for combine in [Combine::Joint, Combine::Split] {
+            for mass in [MassBy::Relation, MassBy::Modality] {
+                let options = AttendOptions {
+                    layout: Layout::Last,
+                    padding: Padding::None,
+                    queries: 256,
+                    keys: 256,
+                    batch: 1,
+                    bias,
+                    combine,
+                    mass,
+                    ..usual()
+                };
+                check::<bf16>(seed as u64, options);
+            }
+        }
+    }
 }

@@ -7,6 +7,9 @@
 // tile, a divisor of TOKENS. A tile of pairs is judged once by the summaries of its tokens; only tiles with padding,
 // a boundary or several modalities look at single tokens.
 
+#ifndef BIAS
+#define BIAS 0
+#endif
 #ifndef KEYS
 #define KEYS TOKENS
 #endif

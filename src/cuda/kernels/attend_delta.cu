@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend_delta(const __gr
     if (p.sink_gradient) {
         // L = +inf: an empty softmax, or a sink that took it all. The output is zero wherever that sink goes.
         const real logsumexp = p.logsumexp[softmax];
-        const real weight = logsumexp == INFINITE ? (real)0 : exponential(sink_at(in, b, head, query) - logsumexp);
+        const real weight = logsumexp == INFINITE ? (real)0 : power2((sink_at(in, b, head, query) - logsumexp) * LOG2_E);
         p.sink_gradient[PART == 0 ? flat : 2 * flat + (PART == 2)] = -(weight * sum);
     }
 }

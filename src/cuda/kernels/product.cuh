@@ -36,17 +36,14 @@ __device__ __forceinline__ real larger(real a, real b) { return fmaxf(a, b); }
 
 #if DTYPE == 0
 __device__ __forceinline__ real power2(real x) { return exp2f(x); }
-__device__ __forceinline__ real exponential(real x) { return expf(x); }
 #elif DTYPE == 1
 __device__ __forceinline__ real power2(real x) { return exp2(x); }
-__device__ __forceinline__ real exponential(real x) { return exp(x); }
 #else
 __device__ __forceinline__ real power2(real x) {
     real y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-__device__ __forceinline__ real exponential(real x) { return power2(x * 1.4426950408889634f); }
 #endif
 
 template <class Number>
