@@ -13,6 +13,9 @@
 #ifndef KEYS
 #define KEYS TOKENS
 #endif
+#ifndef MASS
+#define MASS 0
+#endif
 #ifndef PART
 #define PART 0
 #endif
@@ -123,7 +126,7 @@ struct tile_of_pairs {
     bool hidden;   // no pair is visible
     bool padded;   // some keys are padding or past the end
     bool masked;   // some pairs may not be visible: every one has to be looked at
-    bool mixed;    // part, bias or mass differ from pair to pair
+    bool mixed;    // part, bias or mass may differ from pair to pair
     bool is_self;  // of a tile that is not mixed: whether its pairs are of one modality
     int modality;  // that of the keys
     real added;    // bias of a tile that is not mixed
@@ -149,7 +152,7 @@ __device__ __forceinline__ tile_of_pairs judge(const attend_inputs& p, int b, in
         }
 #endif
     } else {
-        tile.masked |= PART != 0 || PARTS == 2 || BIAS;
+        tile.masked |= PART != 0 || PARTS == 2 || BIAS || MASS;
     }
     return tile;
 }

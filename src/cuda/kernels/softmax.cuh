@@ -24,11 +24,12 @@ __device__ __forceinline__ closed_row close_row(row_total row, real sink) {
     real kept = row.top == top ? (real)1 : power2(row.top - top);
     real weight = z == -INFINITE ? (real)0 : z == top ? (real)1 : power2(z - top);
     real sum = keys * kept + weight;
+    // A sink that is the maximum stays as it was given: far from 0 a round trip through powers of two would change exp(z - L).
 #if DTYPE >= 2
-    real logsumexp = top * LN_2 + logf(sum);
+    real logsumexp = (z == top ? sink : top * LN_2) + logf(sum);
 #else
     // Backward takes every probability from this number: it is rounded once.
-    real logsumexp = (real)((double)top * 0.6931471805599453 + log((double)sum));
+    real logsumexp = (real)((z == top ? (double)sink : (double)top * 0.6931471805599453) + log((double)sum));
 #endif
     return {kept / sum, logsumexp, weight / sum};
 }
