@@ -26,7 +26,7 @@ demo: build
 	$(BIN)/moda-attn demo --out .demo
 
 test: build
-	cargo test --locked --no-default-features
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) cargo test --locked --features cuda
 	cargo test --locked --features candle --test candle
 	cargo test --locked --features candle --doc
 	$(BIN)/python -m pytest -q
@@ -55,9 +55,9 @@ test-transformers: build $(RELEASES:%=$(VENV)-%/.ready) $(VENV)-$(LEGACY)/.ready
 check: build
 	cargo fmt --check
 	cargo clippy --locked --no-default-features -- -D warnings
-	cargo clippy --locked --features candle --all-targets -- -D warnings
-	cargo clippy --locked --features python -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --features candle --no-deps --quiet
+	cargo clippy --locked --features candle,cuda --all-targets -- -D warnings
+	cargo clippy --locked --features python,cuda -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --features candle,cuda --no-deps --quiet
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

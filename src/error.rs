@@ -76,22 +76,68 @@ pub enum Error {
         /// What there is.
         wanted: String,
     },
-    /// No run-time compiler was found, so no kernel can run on a GPU.
-    #[cfg(feature = "cuda")]
+    /// A modality id on a GPU is out of range. Kernels cannot raise, so it is found at a later call.
     #[error(
-        "NVRTC, the compiler of the CUDA kernels, was not found. Looked in: {looked}. \
-             Install it (pip install nvidia-cuda-nvrtc) or set MODA_ATTN_NVRTC to the path of libnvrtc.so"
+        "{argument}[{batch}, {token}] of an earlier call on {device} is {given}; wanted a modality id from -1 (padding) to \
+         {largest}. That call took the token for padding"
+    )]
+    EarlierModality {
+        /// The argument's public name.
+        argument: &'static str,
+        /// The device of that call.
+        device: String,
+        /// Batch row of the offender.
+        batch: usize,
+        /// Token of the offender.
+        token: usize,
+        /// The id found there.
+        given: i64,
+        /// The largest id that would have been right.
+        largest: i64,
+    },
+    /// There is no CUDA driver on this machine.
+    #[error("no CUDA driver was found (libcuda.so.1); it comes with NVIDIA's display driver")]
+    DriverMissing,
+    /// The CUDA driver refused a call.
+    #[error("the CUDA driver refused {call}: {given}")]
+    Driver {
+        /// The driver's function.
+        call: &'static str,
+        /// Its complaint. It may be about a kernel that anybody launched earlier.
+        given: String,
+    },
+    /// A GPU that the kernels cannot run on.
+    #[error("{device} is {given}; wanted {wanted}")]
+    Architecture {
+        /// The device.
+        device: String,
+        /// Its architecture and name.
+        given: String,
+        /// What the kernels need.
+        wanted: String,
+    },
+    /// Memory on a GPU could not be had.
+    #[error("{device} has no memory left for {what}")]
+    DeviceMemory {
+        /// The device.
+        device: String,
+        /// What it was for.
+        what: &'static str,
+    },
+    /// No run-time compiler was found, so no kernel can run on a GPU.
+    #[error(
+        "NVRTC, the compiler of the CUDA kernels, was not found in: {looked}. Install it (pip install nvidia-cuda-nvrtc) or \
+         set MODA_ATTN_NVRTC to the path of libnvrtc.so"
     )]
     CompilerMissing {
         /// Where it was looked for.
         looked: String,
     },
     /// The run-time compiler refused a kernel: a defect of this library, or a compiler it does not know.
-    #[cfg(feature = "cuda")]
-    #[error("NVRTC could not compile {source_name} ({options}): {log}")]
+    #[error("NVRTC could not compile {text} ({options}): {log}")]
     Compile {
         /// The text's name.
-        source_name: &'static str,
+        text: &'static str,
         /// The compiler's options.
         options: String,
         /// What it said.
@@ -127,12 +173,20 @@ impl Error {
     /// The built-in exception class this error belongs to.
     pub const fn kind(&self) -> ErrorKind {
         match self {
-            Self::Shape { .. } | Self::Modality { .. } | Self::Option { .. } | Self::Device { .. } => ErrorKind::Value,
+            Self::Shape { .. }
+            | Self::Modality { .. }
+            | Self::EarlierModality { .. }
+            | Self::Option { .. }
+            | Self::Device { .. } => ErrorKind::Value,
             Self::DType { .. } | Self::NotATensor { .. } => ErrorKind::Type,
-            Self::InstructionSet { .. } | Self::Panic(_) => ErrorKind::Runtime,
-            #[cfg(feature = "cuda")]
-            Self::CompilerMissing { .. } | Self::Compile { .. } => ErrorKind::Runtime,
-            Self::Allocation { .. } => ErrorKind::Memory,
+            Self::InstructionSet { .. }
+            | Self::DriverMissing
+            | Self::Driver { .. }
+            | Self::Architecture { .. }
+            | Self::CompilerMissing { .. }
+            | Self::Compile { .. }
+            | Self::Panic(_) => ErrorKind::Runtime,
+            Self::DeviceMemory { .. } | Self::Allocation { .. } => ErrorKind::Memory,
         }
     }
 
@@ -146,9 +200,12 @@ impl Error {
             Self::Device { .. } => "Device",
             Self::NotATensor { .. } => "NotATensor",
             Self::InstructionSet { .. } => "InstructionSet",
-            #[cfg(feature = "cuda")]
+            Self::EarlierModality { .. } => "EarlierModality",
+            Self::DriverMissing => "DriverMissing",
+            Self::Driver { .. } => "Driver",
+            Self::Architecture { .. } => "Architecture",
+            Self::DeviceMemory { .. } => "DeviceMemory",
             Self::CompilerMissing { .. } => "CompilerMissing",
-            #[cfg(feature = "cuda")]
             Self::Compile { .. } => "Compile",
             Self::Allocation { .. } => "Allocation",
             Self::Panic(_) => "Panic",
@@ -158,6 +215,7 @@ impl Error {
     /// One specimen of every variant, for the exported list of errors and the test that each has a case.
     pub fn specimens() -> Vec<Self> {
         let (argument, given, wanted) = ("argument", || "<given>".to_owned(), || "<wanted>".to_owned());
+        let device = || "<device>".to_owned();
         vec![
             Self::Shape { argument, given: given(), wanted: wanted() },
             Self::Modality { argument, batch: 0, token: 0, given: 2, largest: 1 },
@@ -166,10 +224,13 @@ impl Error {
             Self::Device { argument, given: given(), wanted: wanted() },
             Self::NotATensor { argument, given: given() },
             Self::InstructionSet { given: given(), wanted: wanted() },
-            #[cfg(feature = "cuda")]
+            Self::EarlierModality { argument, device: device(), batch: 0, token: 0, given: 2, largest: 1 },
+            Self::DriverMissing,
+            Self::Driver { call: "<call>", given: given() },
+            Self::Architecture { device: device(), given: given(), wanted: wanted() },
+            Self::DeviceMemory { device: device(), what: "<what>" },
             Self::CompilerMissing { looked: "<places>".to_owned() },
-            #[cfg(feature = "cuda")]
-            Self::Compile { source_name: "<source>", options: "<options>".to_owned(), log: "<log>".to_owned() },
+            Self::Compile { text: "<text>", options: "<options>".to_owned(), log: "<log>".to_owned() },
             Self::Allocation { bytes: 0, what: "<what>" },
             Self::Panic("<message>".to_owned()),
         ]

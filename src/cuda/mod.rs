@@ -13,11 +13,15 @@
 //! | `ids` | modality ids prepared for the kernels |
 //! | `attend`, `align` | plans: from a problem to the launches that solve it |
 //! | `nvrtc` | the run-time compiler: found, loaded, called |
+//! | `cache` | compiled kernels, in memory and on disk |
+//! | `driver` | the GPU itself: contexts, modules, launches |
 //!
 //! A plan is pure: the same launches go to the driver and, in the tests, to an interpreter of the compiled code.
 
 pub mod align;
 pub mod attend;
+pub mod cache;
+pub mod driver;
 pub mod ids;
 pub mod launch;
 pub mod nvrtc;

@@ -19,6 +19,7 @@ type Program = *mut c_void;
 type Code = c_int;
 type GetSize = unsafe extern "C" fn(Program, *mut usize) -> Code;
 type GetBytes = unsafe extern "C" fn(Program, *mut c_char) -> Code;
+type List = unsafe extern "C" fn(*mut c_int) -> Code;
 type Create = unsafe extern "C" fn(
     *mut Program,
     *const c_char,
@@ -55,6 +56,7 @@ pub struct Nvrtc {
     compile: Symbol<unsafe extern "C" fn(Program, c_int, *const *const c_char) -> Code>,
     destroy: Symbol<unsafe extern "C" fn(*mut Program) -> Code>,
     describe: Symbol<unsafe extern "C" fn(Code) -> *const c_char>,
+    architectures: Vec<u32>,
     image_size: [Symbol<GetSize>; 2],
     image: [Symbol<GetBytes>; 2],
     log_size: Symbol<GetSize>,
@@ -121,6 +123,11 @@ impl Nvrtc {
         self.version
     }
 
+    /// Architectures it compiles for, ascending: 80 is sm_80.
+    pub fn architectures(&self) -> &[u32] {
+        &self.architectures
+    }
+
     /// Where it was found, in words.
     pub fn origin(&self) -> &str {
         &self.origin
@@ -135,7 +142,7 @@ impl Nvrtc {
         want: Want,
     ) -> Result<Image> {
         let options = options(defines, (major, minor), want);
-        let failed = |log: String| Error::Compile { source_name: name, options: options.join(" "), log };
+        let failed = |log: String| Error::Compile { text: name, options: options.join(" "), log };
         let c_string = |text: &str| CString::new(text).map_err(|_| failed("a zero byte in the text".to_owned()));
         let (c_text, c_name) = (c_string(text)?, c_string(name)?);
         let c_options = options.iter().map(|option| c_string(option)).collect::<Result<Vec<_>>>()?;
@@ -209,8 +216,19 @@ impl Nvrtc {
         if major < 12 {
             return Err(format!("it is NVRTC {major}.{minor}; wanted 12 or newer"));
         }
+        let count: Symbol<List> = symbol(&library, c"nvrtcGetNumSupportedArchs")?;
+        let list: Symbol<List> = symbol(&library, c"nvrtcGetSupportedArchs")?;
+        let mut length = 0;
+        // SAFETY: one number to write.
+        let counted = unsafe { count(&raw mut length) };
+        let mut architectures = vec![0; length.max(0) as usize];
+        // SAFETY: room for as many numbers as it has just said.
+        if counted != 0 || unsafe { list(architectures.as_mut_ptr()) } != 0 {
+            return Err("it does not say what architectures it compiles for".to_owned());
+        }
         Ok(Self {
             version: (major as u32, minor as u32),
+            architectures: architectures.into_iter().map(|number| number as u32).collect(),
             origin,
             create: symbol(&library, c"nvrtcCreateProgram")?,
             compile: symbol(&library, c"nvrtcCompileProgram")?,
@@ -238,6 +256,15 @@ pub fn options(defines: &[(&str, i64)], (major, minor): (u32, u32), want: Want) 
     });
     options.extend(defines.iter().map(|(name, value)| format!("-D{name}={value}")));
     options
+}
+
+/// What to compile to for a device of this compute capability with a compiler of these architectures: machine code of the
+/// very architecture, else assembly of the newest older one, which the driver finishes.
+pub fn code_for((major, minor): (u32, u32), known: &[u32]) -> Option<((u32, u32), Want)> {
+    let device = 10 * major + minor;
+    let best = known.iter().copied().filter(|&number| number <= device).max()?;
+    let want = if best == device { Want::Cubin } else { Want::Ptx };
+    Some(((best / 10, best % 10), want))
 }
 
 /// The folders to look in: `nvidia/*/lib` of the Python environment, then the toolkit's.

@@ -91,6 +91,16 @@ pub enum IdsArgument {
     QueryModality = 1,
 }
 
+impl IdsArgument {
+    /// The public name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Modality => "modality",
+            Self::QueryModality => "query_modality",
+        }
+    }
+}
+
 /// Modular masked attention.
 #[derive(Debug, Clone, Copy)]
 pub struct AttendProblem {

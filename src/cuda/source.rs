@@ -42,6 +42,18 @@ const SOFTMAX: Piece = piece!("softmax.cuh");
 /// Columns of queries.
 const COLUMNS: Piece = piece!("columns.cuh");
 
+/// Products of panels in shared memory.
+const SUMS: Piece = piece!("sums.cuh");
+
+/// Unit keys.
+const UNIT_KEYS: Piece = piece!("unit_keys.cuh");
+
+/// The D x D matrices of a head.
+const MATRICES: Piece = piece!("matrices.cuh");
+
+/// Tiles of tokens.
+const TOKENS: Piece = piece!("tokens.cuh");
+
 /// One compilation unit of `kernels/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Source {
@@ -65,6 +77,18 @@ pub enum Source {
     Ranges,
     /// Pseudo-scores and their backward.
     Sink,
+    /// Alignment: sums of outer products over tokens.
+    OuterSums,
+    /// Alignment: what is summed in parts, and norms.
+    Basis,
+    /// Alignment: T mix.
+    Maps,
+    /// Alignment: the aligned keys.
+    AlignKeys,
+    /// Alignment: gradients of mix and the bases.
+    MapGradients,
+    /// Alignment: gradients of keys and values.
+    TokenGradients,
 }
 
 impl Source {
@@ -80,6 +104,12 @@ impl Source {
         Self::Ids,
         Self::Ranges,
         Self::Sink,
+        Self::OuterSums,
+        Self::Basis,
+        Self::Maps,
+        Self::AlignKeys,
+        Self::MapGradients,
+        Self::TokenGradients,
     ];
 
     /// Name of the unit in messages of the compiler.
@@ -95,6 +125,12 @@ impl Source {
             Self::Ids => "ids.cu",
             Self::Ranges => "ranges.cu",
             Self::Sink => "sink.cu",
+            Self::OuterSums => "outer_sums.cu",
+            Self::Basis => "basis.cu",
+            Self::Maps => "maps.cu",
+            Self::AlignKeys => "align_keys.cu",
+            Self::MapGradients => "map_gradients.cu",
+            Self::TokenGradients => "token_gradients.cu",
         }
     }
 
@@ -111,6 +147,12 @@ impl Source {
             Self::Ids => &[TYPES, IDS, READ_IDS, piece!("ids.cu")],
             Self::Ranges => &[TYPES, IDS, READ_IDS, piece!("ranges.cu")],
             Self::Sink => &[TYPES, IDS, READ_IDS, piece!("sink.cu")],
+            Self::OuterSums => &[TYPES, IDS, SUMS, UNIT_KEYS, piece!("outer_sums.cu")],
+            Self::Basis => &[TYPES, piece!("basis.cu")],
+            Self::Maps => &[TYPES, SUMS, MATRICES, piece!("maps.cu")],
+            Self::AlignKeys => &[TYPES, IDS, SUMS, UNIT_KEYS, TOKENS, piece!("align_keys.cu")],
+            Self::MapGradients => &[TYPES, SUMS, MATRICES, piece!("map_gradients.cu")],
+            Self::TokenGradients => &[TYPES, IDS, SUMS, UNIT_KEYS, TOKENS, piece!("token_gradients.cu")],
         }
     }
 
@@ -122,5 +164,6 @@ impl Source {
 
 /// One text of several, in which the compiler still names each by its own name and lines.
 pub fn joined<'a>(pieces: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
-    pieces.into_iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n")).collect()
+    let lines = pieces.into_iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n"));
+    lines.collect::<Vec<_>>().concat()
 }

@@ -53,7 +53,7 @@ impl<T: Element, const R: usize> Tensor<T, R> {
         raw.typed("tensor", "this rank").unwrap()
     }
 
-    /// The memory it lies in, where its first element is there, and its strides.
+    /// All of the memory, where the first element lies in it, the strides.
     pub(crate) fn memory(&self) -> (&[T], usize, [isize; R]) {
         (&self.buffer, self.offset, self.strides)
     }

@@ -6,5 +6,12 @@ mod common;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 
+mod align;
+mod arithmetic;
 mod attend;
+mod device;
+mod ids;
+mod kernel;
+mod sink;
 mod sum;
+mod warps;

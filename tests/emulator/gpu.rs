@@ -96,6 +96,10 @@ impl Gpu {
         Self { global: Global::default(), architecture, count: 0, executed: 0 }
     }
 
+    pub(crate) fn architecture(&self) -> (u32, u32) {
+        self.architecture
+    }
+
     /// An input: kernels read it and must not write it. Returns its address.
     pub(crate) fn buffer<T: Plain>(&mut self, values: &[T]) -> u64 {
         let name = self.name("input");

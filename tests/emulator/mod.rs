@@ -32,4 +32,4 @@ mod scan;
 mod shared;
 mod warp;
 
-pub(crate) use gpu::{Gpu, Plain};
+pub(crate) use gpu::{Fault, Gpu, Plain, Program, Shape, Source};

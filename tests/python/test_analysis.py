@@ -186,12 +186,14 @@ def test_answer_rows_are_those_that_predict_labels(digits_model):
 def test_measuring_leaves_the_model_as_it_was(digits_model):
     model, inputs = digits_model
     model.train()
+    model.model.vision_tower.eval()
+    modes = [module.training for module in model.modules()]
     names = [name for name, _ in model.named_parameters()]
     with torch.no_grad():
         before = model(**inputs).logits
         attention_balance(model, **inputs)
         after = model(**inputs).logits
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert torch.equal(before, after)
     assert [name for name, _ in model.named_parameters()] == names
     assert model.config.text_config._attn_implementation == "sdpa"

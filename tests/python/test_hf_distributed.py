@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import moda_attn
 import two_ranks
 
 SECONDS = 240  # they take 10 on two free cores
@@ -97,6 +98,15 @@ def test_sharded_parameters_are_saved_whole_and_loaded(results: dict[str, Any], 
     two_ranks.train(model, two_ranks.BATCHES["images"][0], ranks=1)
     expected = model.model.language_model.layers[2].self_attn.moda.aligner.fuser.mix
     torch.testing.assert_close(weights["layers.2.aligner.fuser.mix"], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_balance_is_logged_at_every_step_of_a_distributed_training(results: dict[str, Any]):
+    logs = results["trainer"]
+    assert isinstance(logs, list), logs
+    assert [entry["step"] for entry in logs] == list(range(two_ranks.STEPS + 1))
+    start = moda_attn.attention_balance(two_ranks.build(), **two_ranks.rows("TTITTT", "TITTTT"))
+    assert logs[0]["balance/text/disparity"] == pytest.approx(start.of(0).disparity, abs=1e-6)
+    assert logs[-1]["balance/text/disparity"] != logs[0]["balance/text/disparity"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -108,6 +109,26 @@ def shard(model: nn.Module, *, own_parts: bool = False, policy: MixedPrecisionPo
     return fully_shard(model, **options)
 
 
+def watched_by_the_trainer(rank: int, folder: Path) -> list[dict[str, Any]]:
+    """What the Trainer has logged of the attention balance, measured at every step of a distributed training."""
+    from transformers import Trainer, TrainingArguments
+
+    from moda_attn.hf import BalanceCallback
+
+    # What a launcher sets; the ranks have met already, so that nothing listens at the address.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
+    whole = rows("TTITTT", "TITTTT")
+    data = [{name: tensor[row] for name, tensor in whole.items()} for row in range(WORLD)]
+    settings = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 1}
+    arguments = TrainingArguments(output_dir=str(folder / "run"), use_cpu=True, max_steps=STEPS, **settings)
+    trainer = Trainer(build(), arguments, train_dataset=data)
+    trainer.add_callback(BalanceCallback(trainer, whole, every=1))
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    return [entry for entry in trainer.state.log_history if "balance/text/disparity" in entry]
+
+
 BATCHES = {"images": (rows("TTITTT", "TITTTT"), (1, 1)), "one rank without": (rows("TTITTT", "TTTTTTT"), (1, 0))}
 #: Every configuration where it is hardest, one where it is easy.
 GRID = [("images", "default"), *(("one rank without", name) for name in CONFIGS)]
@@ -184,8 +205,9 @@ def main(rank: int, store: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     results: dict[str, Any] = {}
-    for name, case in {**ddp_cases(rank), **fsdp_cases(rank, folder)}.items():
-        with contextlib.redirect_stderr(io.StringIO()):
+    cases = {**ddp_cases(rank), **fsdp_cases(rank, folder), "trainer": partial(watched_by_the_trainer, rank, folder)}
+    for name, case in cases.items():
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             try:
                 results[name] = case()
             except (RuntimeError, ValueError) as error:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .io import load_pretrained, push_to_hub, save_pretrained
 from .patch import ApplyReport, apply, remove
 from .record import LayerMass, MassRecorder, record_mass
 from .registry import FAMILIES, Family
 from .released import load_released
 
+if TYPE_CHECKING:
+    from .callback import BalanceCallback
+
 __all__ = [
     "FAMILIES",
     "ApplyReport",
+    "BalanceCallback",
     "Family",
     "LayerMass",
     "MassRecorder",
@@ -22,3 +28,11 @@ __all__ = [
     "remove",
     "save_pretrained",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BalanceCallback":  # the Trainer, and with it accelerate, is not everybody's
+        from .callback import BalanceCallback
+
+        return BalanceCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
