@@ -2,15 +2,14 @@
 
 use crate::common::{
     AttendBuffers, AttendCase, AttendGradientBuffers, AttendOptions, BiasTable, Layout, Padding, Ranges, Rng, Storage,
-    Tensor,
 };
+use crate::device::{ids, input, output, record, values};
 use crate::emulator::{Gpu, Plain};
 use half::{bf16, f16};
 use moda_attn::cuda::DeviceTensor;
 use moda_attn::cuda::attend::{backward, backward_workspace, forward, forward_workspace};
 use moda_attn::cuda::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Target};
 use moda_attn::dtype::{DType, Element, Real};
-use moda_attn::ids::Ids;
 use moda_attn::problem::{Combine, MassBy};
 
 /// Elements whose numbers a buffer of the device can hold.
@@ -22,18 +21,6 @@ struct Device<'c, T: Element> {
     gpu: Gpu,
     case: &'c AttendCase<T>,
     problem: AttendProblem,
-}
-
-fn upload<T: Element + Plain, const R: usize>(gpu: &mut Gpu, tensor: &Tensor<T, R>) -> DeviceTensor<R> {
-    let (memory, offset, strides) = tensor.memory();
-    let pointer = gpu.buffer(memory) + (offset * T::SIZE) as u64;
-    DeviceTensor { pointer, dtype: T::DTYPE, shape: tensor.shape, strides }
-}
-
-fn upload_ids(gpu: &mut Gpu, ids: &Ids) -> DeviceTensor<2> {
-    let [batch, tokens] = ids.shape();
-    let flat: Vec<i64> = (0..batch).flat_map(|b| ids.row(b).iter().map(|&id| i64::from(id))).collect();
-    DeviceTensor::contiguous(gpu.buffer(&flat), DType::Int64, [batch, tokens])
 }
 
 impl<'c, T: DeviceElement> Device<'c, T> {
@@ -48,20 +35,20 @@ impl<'c, T: DeviceElement> Device<'c, T> {
         });
         let problem = AttendProblem {
             target: Target::SM_80,
-            record: gpu.variable(&[u64::MAX]),
-            query: upload(&mut gpu, &case.query),
-            key: upload(&mut gpu, &case.key),
-            value: upload(&mut gpu, &case.value),
-            modality: upload_ids(&mut gpu, &case.modality),
-            query_modality: upload_ids(&mut gpu, &case.query_modality),
+            record: record(&mut gpu),
+            query: input(&mut gpu, &case.query),
+            key: input(&mut gpu, &case.key),
+            value: input(&mut gpu, &case.value),
+            modality: ids(&mut gpu, &case.modality),
+            query_modality: ids(&mut gpu, &case.query_modality),
             sink: case
                 .sink
                 .as_ref()
-                .map(|sink| upload(&mut gpu, sink).broadcast([batch, heads, queries, combine.parts()]).unwrap()),
+                .map(|sink| input(&mut gpu, sink).broadcast([batch, heads, queries, combine.parts()]).unwrap()),
             bias: case
                 .bias
                 .as_ref()
-                .map(|bias| upload(&mut gpu, bias).broadcast([batch, heads, modalities, modalities]).unwrap()),
+                .map(|bias| input(&mut gpu, bias).broadcast([batch, heads, modalities, modalities]).unwrap()),
             key_range,
             causal,
             scale: case.scale.to_f64(),
@@ -72,30 +59,23 @@ impl<'c, T: DeviceElement> Device<'c, T> {
         Self { gpu, case, problem }
     }
 
-    fn output<N: Element + Plain, const R: usize>(&mut self, shape: [usize; R]) -> DeviceTensor<R> {
-        DeviceTensor::contiguous(self.gpu.output::<N>(shape.iter().product()), N::DTYPE, shape)
-    }
-
-    fn download<N: Element + Plain, const R: usize>(&self, tensor: DeviceTensor<R>) -> Tensor<N, R> {
-        Tensor::new(self.gpu.read::<N>(tensor.pointer), tensor.shape)
-    }
-
     fn forward(&mut self) -> (AttendOutputs, AttendBuffers<T>) {
         let AttendOptions { batch, heads, queries, dim, modalities, combine, mass, .. } = self.case.options;
         let outputs = AttendOutputs {
-            out: self.output::<T, 4>([batch, heads, queries, dim]),
-            logsumexp: self.output::<T::Acc, 4>([batch, heads, combine.parts(), queries]),
-            parts: (combine == Combine::Split).then(|| self.output::<T::Acc, 5>([batch, heads, 2, queries, dim])),
-            mass: Some((mass, self.output::<T::Acc, 4>([batch, heads, queries, mass.columns(modalities)]))),
+            out: output::<T, 4>(&mut self.gpu, [batch, heads, queries, dim]),
+            logsumexp: output::<T::Acc, 4>(&mut self.gpu, [batch, heads, combine.parts(), queries]),
+            parts: (combine == Combine::Split)
+                .then(|| output::<T::Acc, 5>(&mut self.gpu, [batch, heads, 2, queries, dim])),
+            mass: Some((mass, output::<T::Acc, 4>(&mut self.gpu, [batch, heads, queries, mass.columns(modalities)]))),
         };
         let workspace = self.gpu.output::<u8>(forward_workspace(&self.problem));
         let launches = forward(&self.problem, &outputs, workspace).unwrap();
         self.gpu.run(&launches);
         let buffers = AttendBuffers {
-            out: self.download(outputs.out),
-            logsumexp: self.download(outputs.logsumexp),
-            parts: outputs.parts.map(|parts| self.download(parts)),
-            mass: self.download(outputs.mass.unwrap().1),
+            out: values(&self.gpu, outputs.out),
+            logsumexp: values(&self.gpu, outputs.logsumexp),
+            parts: outputs.parts.map(|parts| values(&self.gpu, parts)),
+            mass: values(&self.gpu, outputs.mass.unwrap().1),
         };
         (outputs, buffers)
     }
@@ -104,27 +84,33 @@ impl<'c, T: DeviceElement> Device<'c, T> {
         let case = self.case;
         let AttendOptions { batch, heads, queries, modalities, combine, .. } = case.options;
         let upstream = AttendUpstream {
-            out_gradient: upload(&mut self.gpu, &case.out_gradient),
+            out_gradient: input(&mut self.gpu, &case.out_gradient),
             out: forward.out,
             logsumexp: forward.logsumexp,
             parts: forward.parts,
         };
         let gradients = AttendGradients {
-            query: self.output::<T, 4>(case.query.shape),
-            key: self.output::<T, 4>(case.key.shape),
-            value: self.output::<T, 4>(case.value.shape),
-            sink: case.sink.as_ref().map(|_| self.output::<T::Acc, 4>([batch, heads, queries, combine.parts()])),
-            bias: case.bias.as_ref().map(|_| self.output::<T::Acc, 4>([batch, heads, modalities, modalities])),
+            query: output::<T, 4>(&mut self.gpu, case.query.shape),
+            key: output::<T, 4>(&mut self.gpu, case.key.shape),
+            value: output::<T, 4>(&mut self.gpu, case.value.shape),
+            sink: case
+                .sink
+                .as_ref()
+                .map(|_| output::<T::Acc, 4>(&mut self.gpu, [batch, heads, queries, combine.parts()])),
+            bias: case
+                .bias
+                .as_ref()
+                .map(|_| output::<T::Acc, 4>(&mut self.gpu, [batch, heads, modalities, modalities])),
         };
         let workspace = self.gpu.output::<u8>(backward_workspace(&self.problem));
         let launches = backward(&self.problem, &upstream, &gradients, workspace).unwrap();
         self.gpu.run(&launches);
         AttendGradientBuffers {
-            query: self.download(gradients.query),
-            key: self.download(gradients.key),
-            value: self.download(gradients.value),
-            sink: gradients.sink.map(|sink| self.download(sink)),
-            bias: gradients.bias.map(|bias| self.download(bias)),
+            query: values(&self.gpu, gradients.query),
+            key: values(&self.gpu, gradients.key),
+            value: values(&self.gpu, gradients.value),
+            sink: gradients.sink.map(|sink| values(&self.gpu, sink)),
+            bias: gradients.bias.map(|bias| values(&self.gpu, bias)),
         }
     }
 }

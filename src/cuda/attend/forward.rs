@@ -154,7 +154,7 @@ pub fn forward(problem: &AttendProblem, outputs: &AttendOutputs, workspace: u64)
         launches.extend(sum(parts, outputs.out));
     }
     if let Some((MassBy::Modality, mass)) = outputs.mass {
-        launches.push(rows::mass(problem, inputs, outputs.logsumexp, mass)?);
+        launches.push(rows::mass(problem, &inputs, outputs.logsumexp, mass)?);
     }
     Ok(launches)
 }

@@ -80,12 +80,12 @@ pub(super) fn launch(problem: &AttendProblem, params: &RowsParams, pass: Pass) -
 /// Attention mass (B, Hq, Nq, M + 1) by the modality of the key, from the logsumexp.
 pub(super) fn mass(
     problem: &AttendProblem,
-    inputs: AttendInputs,
+    inputs: &AttendInputs,
     logsumexp: DeviceTensor<4>,
     mass: DeviceTensor<4>,
 ) -> Result<Launch> {
     let params = RowsParams {
-        inputs,
+        inputs: *inputs,
         out_gradient: 0,
         logsumexp: logsumexp.pointer,
         delta: 0,
