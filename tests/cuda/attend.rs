@@ -155,14 +155,12 @@ fn random(rng: &mut Rng, combination: u64) -> AttendOptions {
         dim: 40,
         storage: rng.pick(&[Storage::Contiguous, Storage::TokensFirst]),
         causal,
-        bias: match has_bias {
-            true => rng.pick(&[BiasTable::Finite, BiasTable::Shared, BiasTable::Forbidding]),
-            false => BiasTable::Absent,
+        bias: if has_bias {
+            rng.pick(&[BiasTable::Finite, BiasTable::Shared, BiasTable::Forbidding])
+        } else {
+            BiasTable::Absent
         },
-        ranges: match has_ranges {
-            true => rng.pick(&Ranges::ALL[1..]),
-            false => Ranges::Absent,
-        },
+        ranges: if has_ranges { rng.pick(&Ranges::ALL[1..]) } else { Ranges::Absent },
         ..AttendOptions::random(rng)
     }
 }

@@ -9,6 +9,7 @@ mod emulator;
 mod align;
 mod arithmetic;
 mod attend;
+mod checks;
 mod device;
 mod ids;
 mod kernel;

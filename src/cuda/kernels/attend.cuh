@@ -25,7 +25,7 @@
 #ifndef PARTS
 #define PARTS 1
 #endif
-constexpr bool TABLES = SPLIT && BIAS;  // whether the rows of a block have bias tables of their own
+#define TABLES (SPLIT && BIAS)  // whether the rows of a block have bias tables of their own
 
 #define INFINITE ((real)__int_as_float(0x7f800000))
 constexpr real LOG2_E = 1.4426950408889634;

@@ -19,7 +19,7 @@ struct attend_rows_params {
 };
 
 constexpr int THREADS = 32 * WARPS;
-constexpr bool SUMS = MASS || BIAS_SUMS;
+#define SUMS (MASS || BIAS_SUMS)
 static_assert(ROW_TILES == 1, "a lane has two rows");
 
 // Sums over keys of one modality, kept in registers while tiles of that modality follow each other.
