@@ -148,7 +148,7 @@ fn check_start<T: Element<Acc: Plain> + Plain>(dim: usize, tokens: usize) {
     };
     let mut case = AlignCase::<T>::new(&mut Rng::new(20), AlignOptions { padding: Padding::Left, ..options });
     case.mix = Tensor::new(vec![T::Acc::ZERO; case.mix.len()], case.mix.shape);
-    let identity = |at: usize| if at % (dim * dim) % (dim + 1) == 0 { T::Acc::ONE } else { T::Acc::ZERO };
+    let identity = |at: usize| if (at % (dim * dim)).is_multiple_of(dim + 1) { T::Acc::ONE } else { T::Acc::ZERO };
     case.keep = Tensor::new((0..case.keep.len()).map(identity).collect(), case.keep.shape);
     let bits = |tensor: &Tensor<T, 4>| tensor.widened().values().into_iter().map(f64::to_bits).collect::<Vec<_>>();
     assert!(bits(&run_forward(&case).aligned) == bits(&case.key), "{:?}", T::DTYPE);
