@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     balance = commands.add_parser(
         "balance",
         help="where a model's attention goes, by modality and layer; a report of one model, or of two compared",
-        description="Measures a LLaVA checkpoint on --images with --prompt, or on the examples of --data, prints what it"
-        " found, and writes it: a page for people (.html), the numbers for programs (.json).",
+        description="Measures a LLaVA checkpoint on --images with --prompt, or on the examples of --data, prints what"
+        " it found, and writes it: a page for people (.html), the numbers for programs (.json).",
     )
     balance.add_argument("--model", required=True, help="a LLaVA checkpoint: a folder or a Hugging Face id")
     balance.add_argument(
