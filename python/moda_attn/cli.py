@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Without --model: trains, measures and draws (some minutes). With --model, --image and --prompt:"
         " patches a LLaVA checkpoint and compares its answer and its attention balance before and after, untrained.",
     )
-    demo.add_argument("--out", type=Path, default=Path("moda-demo"), help="folder for demo.png, report.html and results.json")
+    demo.add_argument(
+        "--out", type=Path, default=Path("moda-demo"), help="folder for demo.png, report.html and results.json"
+    )
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--steps", type=_positive, default=None, help="training steps of each model")
     demo.add_argument(
