@@ -24,6 +24,18 @@ const IDS: Piece = piece!("ids.cuh");
 /// Reading and checking the caller's ids.
 const READ_IDS: Piece = piece!("read_ids.cuh");
 
+/// Products of panels in shared memory.
+const SUMS: Piece = piece!("sums.cuh");
+
+/// Unit keys.
+const UNIT_KEYS: Piece = piece!("unit_keys.cuh");
+
+/// The D x D matrices of a head.
+const MATRICES: Piece = piece!("matrices.cuh");
+
+/// Tiles of tokens.
+const TOKENS: Piece = piece!("tokens.cuh");
+
 /// One compilation unit of `kernels/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Source {
@@ -33,11 +45,33 @@ pub enum Source {
     Ids,
     /// Pseudo-scores and their backward.
     Sink,
+    /// Alignment: sums of outer products over tokens.
+    OuterSums,
+    /// Alignment: what is summed in parts, and norms.
+    Basis,
+    /// Alignment: T mix.
+    Maps,
+    /// Alignment: the aligned keys.
+    AlignKeys,
+    /// Alignment: gradients of mix and the bases.
+    MapGradients,
+    /// Alignment: gradients of keys and values.
+    TokenGradients,
 }
 
 impl Source {
     /// Every unit.
-    pub const ALL: &[Self] = &[Self::AttendSum, Self::Ids, Self::Sink];
+    pub const ALL: &[Self] = &[
+        Self::AttendSum,
+        Self::Ids,
+        Self::Sink,
+        Self::OuterSums,
+        Self::Basis,
+        Self::Maps,
+        Self::AlignKeys,
+        Self::MapGradients,
+        Self::TokenGradients,
+    ];
 
     /// Name of the unit in messages of the compiler.
     pub const fn name(self) -> &'static str {
@@ -45,6 +79,12 @@ impl Source {
             Self::AttendSum => "attend_sum.cu",
             Self::Ids => "ids.cu",
             Self::Sink => "sink.cu",
+            Self::OuterSums => "outer_sums.cu",
+            Self::Basis => "basis.cu",
+            Self::Maps => "maps.cu",
+            Self::AlignKeys => "align_keys.cu",
+            Self::MapGradients => "map_gradients.cu",
+            Self::TokenGradients => "token_gradients.cu",
         }
     }
 
@@ -54,6 +94,12 @@ impl Source {
             Self::AttendSum => &[TYPES, piece!("attend_sum.cu")],
             Self::Ids => &[TYPES, IDS, READ_IDS, piece!("ids.cu")],
             Self::Sink => &[TYPES, IDS, READ_IDS, piece!("sink.cu")],
+            Self::OuterSums => &[TYPES, IDS, SUMS, UNIT_KEYS, piece!("outer_sums.cu")],
+            Self::Basis => &[TYPES, piece!("basis.cu")],
+            Self::Maps => &[TYPES, SUMS, MATRICES, piece!("maps.cu")],
+            Self::AlignKeys => &[TYPES, IDS, SUMS, UNIT_KEYS, TOKENS, piece!("align_keys.cu")],
+            Self::MapGradients => &[TYPES, SUMS, MATRICES, piece!("map_gradients.cu")],
+            Self::TokenGradients => &[TYPES, IDS, SUMS, UNIT_KEYS, TOKENS, piece!("token_gradients.cu")],
         }
     }
 

@@ -16,4 +16,4 @@ pub(crate) use close::{assert_close, assert_close_for_size, assert_each_close, d
 pub(crate) use ranges::Ranges;
 pub(crate) use rng::Rng;
 pub(crate) use tensor::{Storage, Tensor};
-pub(crate) use tokens::{Layout, Padding};
+pub(crate) use tokens::{Layout, Padding, ids as token_ids};

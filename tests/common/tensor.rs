@@ -53,6 +53,11 @@ impl<T: Element, const R: usize> Tensor<T, R> {
         raw.typed("tensor", "this rank").unwrap()
     }
 
+    /// All of the memory, where the first element lies in it, the strides.
+    pub(crate) fn memory(&self) -> (&[T], usize, [isize; R]) {
+        (&self.buffer, self.offset, self.strides)
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.shape.iter().product()
     }

@@ -6,7 +6,11 @@ mod common;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 
+mod align;
 mod arithmetic;
+mod device;
+mod ids;
 mod kernel;
+mod sink;
 mod sum;
 mod warps;

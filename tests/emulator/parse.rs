@@ -34,6 +34,8 @@ pub(crate) fn parse(text: &str) -> Result<Module, String> {
         } else if let [".file", number, path, ..] = words[..] {
             let name = path.trim_matches('"').rsplit('/').next().unwrap_or_default();
             module.files.insert(number.parse().map_err(|_| fail("a file without number".to_owned()))?, name.to_owned());
+        } else if words[0] == ".global" && words.contains(&"=") {
+            // A constant of the text. Kernels hold its value; one that reads it by name fails, for it is not declared there.
         } else if ![".version", ".target", ".address_size"].contains(&words[0]) {
             return Err(fail(format!("{directive:?} is not supported outside of a function")));
         }

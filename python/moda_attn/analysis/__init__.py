@@ -15,10 +15,13 @@ from .statistics import balance_of_masses
 # Public name -> the module that defines it; these import torch.
 _OF_MODELS = {
     "GenerationBalance": "generation",
+    "KeyGap": "keys",
+    "KeySpace": "keys",
     "ReceivedAttention": "received",
     "attention_balance": "measure",
     "balance_over": "dataset",
     "generation_balance": "generation",
+    "key_space": "keys",
     "received_attention": "received",
 }
 
@@ -26,6 +29,8 @@ __all__ = [
     "BalanceComparison",
     "BalanceReport",
     "GenerationBalance",
+    "KeyGap",
+    "KeySpace",
     "ReceivedAttention",
     "RowBalance",
     "RowComparison",
@@ -34,12 +39,14 @@ __all__ = [
     "balance_over",
     "compare",
     "generation_balance",
+    "key_space",
     "received_attention",
 ]
 
 if TYPE_CHECKING:
     from .dataset import balance_over
     from .generation import GenerationBalance, generation_balance
+    from .keys import KeyGap, KeySpace, key_space
     from .measure import attention_balance
     from .received import ReceivedAttention, received_attention
 

@@ -84,7 +84,7 @@ def describe_call(
     modality = _modality(arguments, tokens)
     if context == "all":
         return ModaCall(modality, None)
-    return ModaCall(modality, _context(arguments, modality, training=training, prompt_length=prompt_length))
+    return ModaCall(modality, context_of(arguments, modality, training=training, prompt_length=prompt_length))
 
 
 def _modality(arguments: Mapping[str, Any], tokens: MediaTokens) -> Tensor:
@@ -232,9 +232,10 @@ def past_length(cache: Any) -> int:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def _context(
+def context_of(
     arguments: Mapping[str, Any], modality: Tensor, *, training: bool, prompt_length: int | None
 ) -> Tensor | None:
+    """(B, n) bool, the tokens that may feed a basis, as the arguments of :func:`describe_call` say; None for all."""
     explicit, labels = arguments.get("moda_context"), arguments.get("labels")
     if explicit is not None:
         if not isinstance(explicit, Tensor) or explicit.dtype != torch.bool or explicit.shape != modality.shape:

@@ -13,6 +13,7 @@ struct align_keys_params {
     i64 tokens;           // N
     i64 blocks;           // blocks of codes in a row
     i64 modalities;       // M
+    i64 dim;              // real components of a key
     double eps;
 };
 
@@ -23,6 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) align_keys(const __grid_co
     i64 head = blockIdx.x / tiles, first = blockIdx.x % tiles * ROWS, b = head / p.heads, h = head % p.heads;
     const element* key = p.key + b * p.strides[0] + h * p.strides[1] + first * p.strides[2];
     const real* inverse = p.inverse + head * p.tokens + first;
+    Shift shift = {(real)p.eps, (int)p.dim};
     load_codes(codes, p.codes + b * p.blocks * TOKENS, first, p.blocks * TOKENS);
     __syncthreads();
 
@@ -39,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) align_keys(const __grid_co
             sums, panels, HEAD_DIM,
             [&](int row, int column) {
                 if (codes[row] != a || column >= HEAD_DIM) return zeros();
-                return unit_four(key + row * p.strides[2] + column, inverse[row], (real)p.eps);
+                return unit_four(key + row * p.strides[2], column, inverse[row], shift);
             },
             [&](int row, int column) { return matrix_four(map, row, column); });
     }

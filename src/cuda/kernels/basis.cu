@@ -19,6 +19,7 @@ struct unit_norms_params {
     i64 heads;           // H
     i64 tokens;          // N
     i64 rows;            // B H N
+    i64 dim;             // real components of a key
     double eps;
 };
 
@@ -30,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) unit_norms(const __grid_cons
     const element* key = p.key + b * p.strides[0] + h * p.strides[1] + token * p.strides[2];
     real squares = 0;
     for (int column = threadIdx.x % 32; column < HEAD_DIM; column += 32) {
-        real shifted = widen(key[column]) + (real)p.eps;
+        real shifted = widen(key[column]) + (column < p.dim ? (real)p.eps : 0);
         squares += shifted * shifted;
     }
     squares = warp_sum(squares);

@@ -28,17 +28,13 @@ struct outer_sums_params {
     i64 part_blocks;
     i64 parts;              // of a group
     i64 modalities;         // M
+    i64 dim;                // real components of a key
     double eps;
 };
 
 template <bool UNIT>
-__device__ __forceinline__ Four operand(const element* row, int column, const real* inverse, real eps) {
-    Four four = load_four(row + column);
-    if (UNIT) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) four.at[e] = (four.at[e] + eps) * *inverse;
-    }
-    return four;
+__device__ __forceinline__ Four operand(const element* row, int column, const real* inverse, Shift shift) {
+    return UNIT ? unit_four(row, column, *inverse, shift) : load_four(row + column);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) outer_sums(const __grid_constant__ outer_sums_params p) {
@@ -51,6 +47,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) outer_sums(const __grid_co
     i64 part = at / p.modalities % p.parts, group = at / p.modalities / p.parts;
     i64 first = group * p.group_blocks + part * p.part_blocks;
     i64 last = min(first + p.part_blocks, (group + 1) * p.group_blocks);
+
+    Shift shift = {(real)p.eps, (int)p.dim};
 
     Sums<TILE, TILE> sums;
     clear(sums);
@@ -66,11 +64,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) outer_sums(const __grid_co
             sums, panels, TOKENS,
             [&](int token, int column) {
                 if (codes[token] != m || top + column >= HEAD_DIM) return zeros();
-                return operand<LEFT_UNIT>(left + token * p.left_strides[2], top + column, inverse + token, (real)p.eps);
+                return operand<LEFT_UNIT>(left + token * p.left_strides[2], top + column, inverse + token, shift);
             },
             [&](int token, int column) {
                 if (codes[token] != m || side + column >= HEAD_DIM) return zeros();
-                return operand<RIGHT_UNIT>(right + token * p.right_strides[2], side + column, inverse + token, (real)p.eps);
+                return operand<RIGHT_UNIT>(right + token * p.right_strides[2], side + column, inverse + token, shift);
             });
     }
     real* partial = p.partials + at * (HEAD_DIM * HEAD_DIM);

@@ -24,6 +24,7 @@ struct token_gradients_params {
     i64 tokens;                // N
     i64 blocks;                // blocks of codes in a row
     i64 modalities;            // M
+    i64 dim;                   // real components of a key
     double eps;
 };
 
@@ -41,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) token_gradients(const __gr
     const element* value = p.value + b * p.value_strides[0] + h * p.value_strides[1] + first * p.value_strides[2];
     const element* d_aligned = p.d_aligned + b * p.d_aligned_strides[0] + h * p.d_aligned_strides[1] + first * p.d_aligned_strides[2];
     const real* inverse = p.inverse + head * p.tokens + first;
-    real eps = p.eps;
+    Shift shift = {(real)p.eps, (int)p.dim};
     load_codes(codes, p.codes + b * p.blocks * TOKENS, first, p.blocks * TOKENS);
     load_codes(sources, p.sources + b * p.blocks * TOKENS, first, p.blocks * TOKENS);
     __syncthreads();
@@ -60,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) token_gradients(const __gr
     auto unit_of = [&](int m) {
         return [&, m](int row, int column) {
             if (sources[row] != m || column >= HEAD_DIM) return zeros();
-            return unit_four(key + row * p.key_strides[2] + column, inverse[row], eps);
+            return unit_four(key + row * p.key_strides[2], column, inverse[row], shift);
         };
     };
 
@@ -80,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) token_gradients(const __gr
     }
 
     // the part across k^, and what comes straight through keep
-    auto unit = [&](int row, int column) { return (widen(key[row * p.key_strides[2] + column]) + eps) * inverse[row]; };
+    auto unit = [&](int row, int column) { return (widen(key[row * p.key_strides[2] + column]) + shift(column)) * inverse[row]; };
     __syncthreads(); // the panels have been read
     sums.each_row([&](int row, auto entries) {
         real along = 0;

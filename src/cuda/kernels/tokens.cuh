@@ -25,11 +25,3 @@ __device__ __forceinline__ int next_modality(const u8 (&codes)[ROWS], int after)
 __device__ __forceinline__ void load_codes(u8 (&codes)[ROWS], const u8* row, i64 first, i64 count) {
     for (int at = threadIdx.x; at < ROWS; at += THREADS) codes[at] = first + at < count ? row[first + at] : PADDING;
 }
-
-// Four numbers of the unit key (k + eps) / ||k + eps||.
-__device__ __forceinline__ Four unit_four(const element* key, real inverse, real eps) {
-    Four four = load_four(key);
-#pragma unroll
-    for (int e = 0; e < 4; e++) four.at[e] = (four.at[e] + eps) * inverse;
-    return four;
-}
