@@ -104,7 +104,7 @@ unsafe extern "C" fn cuMemHostAlloc(memory: *mut *mut c_void, bytes: usize, flag
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemHostGetDevicePointer_v2(device: *mut u64, host: *mut c_void, _: c_uint) -> c_int {
     unsafe { *device = host as u64 };
-    note("cuMemHostGetDevicePointer_v2", "", needs_context())
+    note("cuMemHostGetDevicePointer_v2", &format!("{host:p}"), needs_context())
 }
 
 fn needs_context() -> c_int {

@@ -20,25 +20,42 @@ pub(in crate::py) fn cuda_check(py: Python<'_>, ordinal: usize) -> PyResult<()> 
 #[pyfunction]
 pub(in crate::py) fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);
-    info.set_item("driver", driver::version().map_or_else(why, |(major, minor)| format!("CUDA {major}.{minor}")))?;
-    let devices: Vec<String> = match driver::devices() {
-        Err(_) => Vec::new(),
-        Ok(found) => found.iter().enumerate().map(|(ordinal, found)| describe(ordinal, found)).collect(),
-    };
-    info.set_item("gpus", devices)?;
+    info.set_item("driver", driver())?;
+    info.set_item("gpus", gpus())?;
     info.set_item("nvrtc", nvrtc().unwrap_or_else(why))?;
+    info.set_item("cache", cache())?;
+    Ok(info)
+}
+
+/// The same, a line each, for `explain`.
+pub(in crate::py) fn describe() -> Vec<(&'static str, String)> {
+    let mut lines = vec![("cuda driver", driver())];
+    lines.extend(gpus().into_iter().map(|gpu| ("cuda gpu", gpu)));
+    lines.extend([("cuda compiler", nvrtc().unwrap_or_else(why)), ("cuda cache", cache())]);
+    lines
+}
+
+fn driver() -> String {
+    driver::version().map_or_else(why, |(major, minor)| format!("CUDA {major}.{minor}"))
+}
+
+fn gpus() -> Vec<String> {
+    let found = driver::devices().unwrap_or_default();
+    found.iter().enumerate().map(|(ordinal, found)| describe_gpu(ordinal, found)).collect()
+}
+
+fn cache() -> String {
     let cache = Cache::get();
     let (files, bytes) = cache.size();
     let folder = cache.folder().map_or_else(|| "memory only".to_owned(), |folder| folder.display().to_string());
-    info.set_item("cache", format!("{folder}: {files} kernels, {} kB", bytes.div_ceil(1000)))?;
-    Ok(info)
+    format!("{folder}: {files} kernels, {} kB", bytes.div_ceil(1000))
 }
 
 fn why(error: impl Display) -> String {
     format!("none: {error}")
 }
 
-fn describe(ordinal: usize, found: &driver::Found) -> String {
+fn describe_gpu(ordinal: usize, found: &driver::Found) -> String {
     let (major, minor) = found.target.capability;
     let verdict = found.check(ordinal).map_or_else(|error| format!("no kernels: {error}"), |()| "usable".to_owned());
     let processors = found.target.multiprocessors;

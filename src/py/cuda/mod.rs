@@ -8,7 +8,7 @@ mod sink;
 
 pub(super) use align::{cuda_align_backward, cuda_align_forward};
 pub(super) use attend::{cuda_attend_backward, cuda_attend_forward};
-pub(super) use info::{cuda_check, cuda_info, cuda_look_in};
+pub(super) use info::{cuda_check, cuda_info, cuda_look_in, describe};
 pub(super) use sink::{cuda_sink_backward, cuda_sink_forward};
 
 use super::call::compute;
