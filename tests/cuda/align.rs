@@ -6,6 +6,7 @@ use crate::common::{
 use crate::common::{Tensor, assert_close, tolerance};
 use crate::device::{ids, input, output, record, values};
 use crate::emulator::{Gpu, Plain};
+use half::{bf16, f16};
 use moda_attn::cuda::DeviceTensor;
 use moda_attn::cuda::align::{backward, backward_workspace, forward, forward_workspace};
 use moda_attn::cuda::problem::{AlignGradients, AlignOutputs, AlignProblem, AlignUpstream, IdsRecord, Target};
@@ -134,4 +135,20 @@ fn float64_matches_the_specification() {
         .into_iter()
         .zip(4..)
         .for_each(|(options, seed)| check::<f64>(options, seed));
+}
+
+#[test]
+fn bfloat16_matches_the_specification() {
+    cases([64, 40, 72, 32], [130, 63, 1, 70])
+        .into_iter()
+        .zip(8..)
+        .for_each(|(options, seed)| check::<bf16>(options, seed));
+}
+
+#[test]
+fn float16_matches_the_specification() {
+    cases([32, 72, 40, 64], [70, 65, 33, 7])
+        .into_iter()
+        .zip(12..)
+        .for_each(|(options, seed)| check::<f16>(options, seed));
 }

@@ -1,7 +1,7 @@
 //! `cvt`: one type to another.
 
 use super::float::Float;
-use super::half::{bf16_bits, bf16_value, f16_bits, f16_value, towards_zero};
+use super::half::{bf16_bits, bf16_value, f16_bits, f16_value, tf32_bits, towards_zero};
 use super::instruction::{Function, Type};
 use super::integer::{lanes, low, sign_extended};
 
@@ -9,6 +9,8 @@ use super::integer::{lanes, low, sign_extended};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rounding {
     Nearest,
+    /// To the nearest, ties away from zero.
+    Away,
     Zero,
     /// To a whole number: nearest, towards zero, down, up.
     WholeNearest,
@@ -21,6 +23,7 @@ impl Rounding {
     pub(crate) fn parse(name: &str) -> Option<Self> {
         Some(match name {
             "rn" => Self::Nearest,
+            "rna" => Self::Away,
             "rz" => Self::Zero,
             "rni" => Self::WholeNearest,
             "rzi" => Self::WholeZero,
@@ -32,7 +35,7 @@ impl Rounding {
 
     fn whole(self, value: f64) -> f64 {
         match self {
-            Self::Nearest | Self::Zero => value,
+            Self::Nearest | Self::Away | Self::Zero => value,
             Self::WholeNearest => value.round_ties_even(),
             Self::WholeZero => value.trunc(),
             Self::WholeDown => value.floor(),
@@ -46,6 +49,9 @@ pub(crate) fn convert(to: Type, from: Type, rounding: Option<Rounding>, float: F
     let whole = rounding.unwrap_or(Rounding::Nearest);
     if from.is_integer() && to.is_integer() {
         return Some(lanes(move |[a]| integer(a, to, from, float.saturate)));
+    }
+    if rounding == Some(Rounding::Away) {
+        return ((to, from) == (Type::TF32, Type::F32)).then(|| lanes(|[a]| tf32_bits(a)));
     }
     let decode = decoder(from, float)?;
     if to.is_integer() {

@@ -129,18 +129,21 @@ impl Builder {
                 ["sync", "aligned", "row", "col"].into_iter().for_each(|part| {
                     opcode.take(part);
                 });
-                let depth = match opcode.choose(&["m16n8k16", "m16n8k8"]).ok_or("an unknown shape of a product")? {
-                    "m16n8k16" => 16,
-                    _ => 8,
-                };
-                let half = match opcode.types[..] {
+                let depth =
+                    match opcode.choose(&["m16n8k16", "m16n8k8", "m16n8k4"]).ok_or("an unknown shape of a product")? {
+                        "m16n8k16" => 16,
+                        "m16n8k8" => 8,
+                        _ => 4,
+                    };
+                let element = match opcode.types[..] {
                     [Type::F32, Type::BF16, Type::BF16, Type::F32] => Type::BF16,
                     [Type::F32, Type::F16, Type::F16, Type::F32] => Type::F16,
+                    [Type::F32, Type::TF32, Type::TF32, Type::F32] if depth < 16 => Type::TF32,
                     _ => return Err(format!("a product of {:?} is not supported", opcode.types)),
                 };
                 let [d, a, b, c] = exactly(operands)?;
                 let [d, a, b, c] = [self.registers(d)?, self.registers(a)?, self.registers(b)?, self.registers(c)?];
-                let multiply = Multiply::new(half, depth, d, a, b, c).ok_or("the wrong number of registers")?;
+                let multiply = Multiply::new(element, depth, d, a, b, c).ok_or("the wrong number of registers")?;
                 self.push(Operation::Multiply(multiply));
             }
         }
