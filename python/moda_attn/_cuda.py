@@ -1,8 +1,8 @@
 """The CUDA kernels of the registered operators: what their extension needs of torch.
 
 Torch allocates everything, results and workspace, on its current stream, and the launches go to that stream: nothing
-here waits for the device. Kernels read vectors of 16 bytes, so rows (the head dimension) must be contiguous, aligned and
-a multiple of 8 elements long; other tensors are copied, and filled up with zeros, which changes no result.
+here waits for the device. Kernels read vectors of 16 bytes, so rows (the head dimension) must be contiguous, aligned
+and a multiple of 8 elements long; other tensors are copied, and filled up with zeros, which changes no result.
 """
 
 from __future__ import annotations

@@ -1,51 +1,15 @@
-"""The way from torch to a CUDA kernel, without a GPU: in processes whose driver notes what it is asked and runs nothing."""
+"""The way from torch to a CUDA kernel without a GPU, in processes whose driver notes what it is asked and runs nothing."""
 
 from __future__ import annotations
-
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from fake_gpu import run
 from moda_attn import _cuda
 from moda_attn.errors import ModaRuntimeError, ModaValueError
 
-HERE = Path(__file__).parent
-SOURCE = HERE.parent / "cuda_host" / "fake_driver.rs"
-
 pytestmark = pytest.mark.skipif(not _cuda.IS_BUILT, reason="the extension was built without the feature cuda")
-
-
-@pytest.fixture(scope="session")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fake driver, compiled."""
-    rustc = os.environ.get("RUSTC") or shutil.which("rustc")
-    if rustc is None:
-        pytest.skip("needs rustc, which compiles the driver of the tests")
-    library = tmp_path_factory.mktemp("driver") / "libcuda.so"
-    options = ["--edition=2024", "--crate-type=cdylib", "-Clink-arg=-Wl,-soname,libcuda.so", "-o", str(library)]
-    subprocess.run([rustc, *options, str(SOURCE)], check=True, capture_output=True)
-    return library
-
-
-@pytest.fixture
-def run(driver: Path, tmp_path: Path):
-    """Runs code in a process with the fake driver; returns what it prints, line by line."""
-
-    def run(code: str, **variables: str) -> list[str]:
-        own = {"MODA_ATTN_TEST_DRIVER": str(driver), "FAKE_CUDA_LOG": str(tmp_path / "calls")}
-        paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, **own, "MODA_ATTN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": paths, **variables}
-        text = "from fake_cuda import *\nimport moda_attn\nfrom moda_attn import _native, errors\n" + code
-        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
-
-    return run
 
 
 OPERATORS = """
@@ -75,7 +39,7 @@ print(len(made) > 10, all(line.endswith(f"stream {STREAM:#x})") for line in made
 """
 
 
-def test_every_operator_reaches_the_driver_on_torchs_stream(run):
+def test_every_operator_reaches_the_driver_on_torchs_stream():
     wanted = []
     for dim in (64, 20):
         rows, keys, tables = f"(2, 4, 40, {dim})", f"(2, 2, 40, {dim})", f"(2, {dim}, {dim})"
@@ -114,7 +78,7 @@ print(seen)
 """
 
 
-def test_only_rows_that_kernels_cannot_read_are_copied(run):
+def test_only_rows_that_kernels_cannot_read_are_copied():
     assert run(VIEWS) == ["[True, True, True, False, False, False, False]"]
 
 
@@ -142,10 +106,11 @@ print(len(launches()))
 """
 
 
-def test_what_does_not_fit_is_refused_in_the_words_of_the_cpu(run):
+def test_what_does_not_fit_is_refused_in_the_words_of_the_cpu():
     assert run(BAD) == [
         "Shape key has shape (1, 1, 9, 32); wanted (1, 1, 9, 31) = (B, Hkv, Nk, D) with the B and D of query",
-        "Shape query has shape (1, 2, 9, 320); wanted a head dimension D that is a multiple of 8 and at most 256 on CUDA",
+        "Shape query has shape (1, 2, 9, 320); wanted a head dimension D that is a multiple of 8 and at most 256"
+        " on CUDA",
         "Shape key has shape (1, 9, 32); wanted (B, Hkv, Nk, D)",
         "DType modality has dtype float32; wanted an integer dtype",
         "DType sink has dtype float16; wanted float32",
@@ -156,54 +121,6 @@ def test_what_does_not_fit_is_refused_in_the_words_of_the_cpu(run):
     ]
 
 
-LATER = """
-import ctypes
-q, ids = torch.randn(1, 1, 4, 8), torch.zeros(1, 4, dtype=torch.int64)
-given = (q, q, q, ids, None, True, None, None, None, None, "joint", None, "none")
-call("modular_attention", *given)
-_native.cuda_check(0)
-# The fake driver notes where its mapped memory is: device memory is host memory.
-word = int(Path(os.environ[LOG]).read_text().split("cuMemHostGetDevicePointer_v2(")[1].split(")")[0], 16)
-for check in (lambda: call("modular_attention", *given), lambda: _native.cuda_check(0)):
-    ctypes.c_uint64.from_address(word).value = (3 << 25) | ((7 + 2**16) << 8) | 2
-    try:
-        check()
-    except ValueError as error:
-        print(error.variant, error)
-    check()
-print("fine")
-"""
-
-
-def test_a_modality_out_of_range_is_raised_by_a_later_call(run):
-    told = "modality[0, 3] of an earlier call on cuda:0 is 7; wanted a modality id from -1 (padding) to 1"
-    assert run(LATER) == [*2 * [f"EarlierModality {told}. That call took the token for padding"], "fine"]
-
-
-ONCE = """
-q, ids = torch.randn(1, 1, 4, 8), torch.zeros(1, 4, dtype=torch.int64)
-try:
-    call("modular_attention", q, q, q, ids, None, True, None, None, None, None, "joint", None, "none")
-except errors.ModaError as error:
-    print(type(error).__name__, error.variant, error)
-"""
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"FAKE_CUDA_CAPABILITY": "75"}, "ModaRuntimeError Architecture cuda:0 is sm_75 (Fake GPU); wanted sm_80 or newer"),
-        ({"FAKE_CUDA_FAIL": "cuModuleLoadData=2"}, "ModaMemoryError DeviceMemory cuda:0 has no memory left for "),
-        ({"FAKE_CUDA_FAIL": "cuLaunchKernel=700"}, "ModaRuntimeError Driver the CUDA driver refused cuLaunchKernel: "),
-        ({"MODA_ATTN_NVRTC": "/nowhere.so"}, "ModaRuntimeError CompilerMissing NVRTC, the compiler of the CUDA kernels, "),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_what_a_gpu_lacks_is_named(run, variables: dict[str, str], message: str):
-    (told,) = run(ONCE, **variables)
-    assert told.startswith(message)
-
-
 DESCRIBED = """
 info = _native.cuda_info()
 print(info["driver"], "|", *info["gpus"])
@@ -211,7 +128,7 @@ print(any(line.startswith("cuda") and "Fake GPU" in line for line in moda_attn.e
 """
 
 
-def test_what_there_is_is_described(run):
+def test_what_there_is_is_described():
     first, second = run(DESCRIBED)
     usable = "Fake GPU, sm_80, 108 multiprocessors, usable"
     assert first == f"CUDA 13.2 | cuda:0 {usable} cuda:1 {usable}"
