@@ -8,6 +8,7 @@ mod emulator;
 
 mod align;
 mod arithmetic;
+mod checks;
 mod device;
 mod ids;
 mod kernel;

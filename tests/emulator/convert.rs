@@ -57,7 +57,7 @@ pub(crate) fn convert(to: Type, from: Type, rounding: Option<Rounding>, float: F
     if to.is_integer() {
         return Some(lanes(move |[a]| to_integer(whole.whole(decode(a)), to, from)));
     }
-    let encode = encoder(to, rounding.filter(|&mode| mode == Rounding::Zero).is_some(), float)?;
+    let encode = encoder(to, rounding == Some(Rounding::Zero), float)?;
     Some(lanes(move |[a]| encode(whole.whole(decode(a)))))
 }
 
@@ -91,10 +91,7 @@ fn decoder(from: Type, float: Float) -> Option<Decode> {
 }
 
 fn encoder(to: Type, zero: bool, float: Float) -> Option<Encode> {
-    let bounded = move |value: f64| {
-        let value = if float.saturate { value.max(0.0).min(1.0) } else { value };
-        if float.relu && value < 0.0 { 0.0 } else { value }
-    };
+    let bounded = move |value: f64| float.bounded(value);
     Some(match (to, zero) {
         (Type::F32, false) => Box::new(move |value| float.bits32(bounded(value))),
         (Type::F64, false) => Box::new(move |value| bounded(value).to_bits()),

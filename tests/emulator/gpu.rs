@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use moda_attn::cuda::Launch;
 use moda_attn::cuda::nvrtc::{Nvrtc, Want};
 use std::collections::HashMap;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -84,6 +84,8 @@ pub(crate) struct Gpu {
     count: usize,
     /// Instructions executed so far, by a warp each.
     pub(crate) executed: u64,
+    /// Instructions after which a warp counts as caught in an endless loop.
+    pub(crate) patience: u64,
 }
 
 impl Gpu {
@@ -93,7 +95,7 @@ impl Gpu {
     }
 
     pub(crate) fn with_architecture(architecture: (u32, u32)) -> Self {
-        Self { global: Global::default(), architecture, count: 0, executed: 0 }
+        Self { global: Global::default(), architecture, count: 0, executed: 0, patience: 1 << 26 }
     }
 
     pub(crate) fn architecture(&self) -> (u32, u32) {
@@ -187,6 +189,7 @@ impl Gpu {
                         position: [x, y, z],
                         grid,
                         dynamic_shared: shared,
+                        patience: self.patience,
                     };
                     block.run(kernel).map_err(|failure| {
                         let place = program.place(kernel, failure.trap.at);
@@ -212,7 +215,9 @@ impl Default for Gpu {
 
 fn bytes<T: Plain>(values: &[T]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(values.len() * T::SIZE);
-    values.iter().for_each(|value| value.put(&mut bytes));
+    for value in values {
+        value.put(&mut bytes);
+    }
     bytes
 }
 
@@ -284,7 +289,7 @@ impl Program {
         );
         for (source, (executed, conflicts)) in lines.into_iter().take(30) {
             let source = source.map_or("no line".to_owned(), |(file, line)| self.source_line(file, line));
-            report += &format!("\n{executed:>10} {conflicts:>8}  {source}");
+            let _ = write!(report, "\n{executed:>10} {conflicts:>8}  {source}"); // to a String: never fails
         }
         report
     }

@@ -43,7 +43,8 @@ pub(crate) fn bf16_bits(value: f64) -> u64 {
 /// A float32 from which rounding again gives what rounding once would have: inexact ones end in a one.
 fn rounded_to_odd(value: f64) -> f32 {
     let near = value as f32;
-    if f64::from(near) == value || value.is_nan() || near.is_infinite() {
+    let exact = f64::from(near).to_bits() == value.to_bits();
+    if exact || value.is_nan() || near.is_infinite() {
         return near;
     }
     let below = if f64::from(near).abs() > value.abs() { near.to_bits() - 1 } else { near.to_bits() };

@@ -101,9 +101,9 @@ impl Builder {
         match opcode.name {
             "cp" => self.lower_copy(opcode, operands)?,
             "ldmatrix" | "stmatrix" => {
-                ["sync", "aligned", "m8n8", "shared"].into_iter().for_each(|part| {
+                for part in ["sync", "aligned", "m8n8", "shared"] {
                     opcode.take(part);
-                });
+                }
                 let count = match opcode.choose(&["x1", "x2", "x4"]).ok_or("a number of matrices")? {
                     "x1" => 1,
                     "x2" => 2,
@@ -126,9 +126,9 @@ impl Builder {
                 });
             }
             _ => {
-                ["sync", "aligned", "row", "col"].into_iter().for_each(|part| {
+                for part in ["sync", "aligned", "row", "col"] {
                     opcode.take(part);
-                });
+                }
                 let depth =
                     match opcode.choose(&["m16n8k16", "m16n8k8", "m16n8k4"]).ok_or("an unknown shape of a product")? {
                         "m16n8k16" => 16,

@@ -38,9 +38,10 @@ impl Multiply {
 
     /// The four registers of D.
     pub(crate) fn run(&self, registers: &[Lanes]) -> [Lanes; 4] {
+        let value = |register: Register, lane: usize| registers[register][lane];
         let width = 32 / self.parts;
         let element = |register: Register, lane: usize, part: usize| {
-            (self.decode)(registers[register][lane] >> (width * part) & ((1 << width) - 1)) as f32
+            (self.decode)(value(register, lane) >> (width * part) & ((1 << width) - 1)) as f32
         };
         let mut a = [[0.0f32; 16]; 16];
         let mut b = [[0.0f32; 8]; 16];
@@ -58,7 +59,7 @@ impl Multiply {
             }
             for at in 0..4 {
                 let (row, column) = Self::place(lane, at);
-                sum[row][column] = f32::from_bits(registers[self.c[at]][lane] as u32);
+                sum[row][column] = f32::from_bits(value(self.c[at], lane) as u32);
             }
         }
         for (a, sum) in a.iter().zip(&mut sum) {

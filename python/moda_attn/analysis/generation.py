@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.record import AttentionCall, recording
 from .measure import is_patched, undisturbed
 from .report import modality_name, plain, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Arguments of `generate` by which several tokens are tried in one call.
 _SEVERAL_AT_ONCE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
@@ -73,6 +77,12 @@ class GenerationBalance:
     def to_json(self, path: str | Path | None = None) -> str:
         """The JSON of `to_dict`, also written to ``path`` when given."""
         return write_json(self.to_dict(), path)
+
+    def plot(self, words: Sequence[str] | None = None, **options: Any) -> Figure:
+        """Stacked shares token by token; ``options`` as in `moda_attn.analysis.plot.generation`."""
+        from .plot import generation
+
+        return generation(self, words, **options)
 
 
 def generation_balance(model: nn.Module, *, max_new_tokens: int, **inputs: Any) -> GenerationBalance:

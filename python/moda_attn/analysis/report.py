@@ -140,7 +140,7 @@ class BalanceReport:
         return write_json(self.to_dict(), path)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A row per kind of query rows, layer and head; see `moda_attn.analysis.frames.masses_frame`."""
+        """A row for every kind of query rows and layer; see `moda_attn.analysis.frames.masses_frame`."""
         from .frames import masses_frame
 
         return masses_frame(self)
@@ -153,6 +153,12 @@ class BalanceReport:
         from .plot import draw_balance
 
         return draw_balance(self, kind, **options)
+
+    def to_html(self, path: str | Path, **options: Any) -> Path:
+        """Writes one self-contained page; ``options`` as in `moda_attn.analysis.html.ReportPage`."""
+        from .html import ReportPage
+
+        return ReportPage(self, **options).write(path)
 
     def __str__(self) -> str:
         from .table import balance_table
