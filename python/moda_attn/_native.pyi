@@ -4,7 +4,7 @@ Tensors are any CPU tensors: torch (by the C exchange API of DLPack), NumPy, or 
 be a fresh, contiguous tensor of exactly the right shape and dtype. The GIL is released while a kernel runs.
 
 Functions named ``cuda_`` are there where the extension was built with CUDA kernels. They take tensors of one CUDA
-device and `place`: the handle of a stream of it, and a function that allocates a tensor of so many bytes for that stream.
+device and `place`: the handle of a stream of it, and a function that allocates a tensor of so many bytes for it.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The way from torch to a CUDA kernel without a GPU, in processes whose driver notes what it is asked and runs nothing."""
+"""From torch to a CUDA kernel without a GPU, in processes whose driver notes what it is asked and runs nothing."""
 
 from __future__ import annotations
 
