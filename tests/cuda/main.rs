@@ -8,6 +8,7 @@ mod emulator;
 
 mod align;
 mod arithmetic;
+mod attend;
 mod checks;
 mod device;
 mod ids;
