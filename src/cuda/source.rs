@@ -85,6 +85,8 @@ pub enum Source {
     Maps,
     /// Alignment: the aligned keys.
     AlignKeys,
+    /// Alignment of few tokens.
+    AlignFew,
     /// Alignment: gradients of mix and the bases.
     MapGradients,
     /// Alignment: gradients of keys and values.
@@ -108,6 +110,7 @@ impl Source {
         Self::Basis,
         Self::Maps,
         Self::AlignKeys,
+        Self::AlignFew,
         Self::MapGradients,
         Self::TokenGradients,
     ];
@@ -129,6 +132,7 @@ impl Source {
             Self::Basis => "basis.cu",
             Self::Maps => "maps.cu",
             Self::AlignKeys => "align_keys.cu",
+            Self::AlignFew => "align_few.cu",
             Self::MapGradients => "map_gradients.cu",
             Self::TokenGradients => "token_gradients.cu",
         }
@@ -151,6 +155,7 @@ impl Source {
             Self::Basis => &[TYPES, piece!("basis.cu")],
             Self::Maps => &[TYPES, SUMS, MATRICES, piece!("maps.cu")],
             Self::AlignKeys => &[TYPES, IDS, SUMS, UNIT_KEYS, TOKENS, piece!("align_keys.cu")],
+            Self::AlignFew => &[TYPES, IDS, READ_IDS, SUMS, piece!("align_few.cu")],
             Self::MapGradients => &[TYPES, SUMS, MATRICES, piece!("map_gradients.cu")],
             Self::TokenGradients => &[TYPES, IDS, SUMS, UNIT_KEYS, TOKENS, piece!("token_gradients.cu")],
         }

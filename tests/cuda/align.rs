@@ -136,10 +136,11 @@ fn cases(dims: [usize; 4], tokens: [usize; 4]) -> [AlignOptions; 4] {
 }
 
 /// keep = I and mix = 0, as a model starts: every key comes out as it went in, bit for bit.
-fn check_start<T: Element<Acc: Plain> + Plain>(dim: usize) {
+fn check_start<T: Element<Acc: Plain> + Plain>(dim: usize, tokens: usize) {
     let options = AlignOptions {
         dim,
-        tokens: 70,
+        tokens,
+        given: tokens < 8,
         batch: 1,
         modalities: 3,
         layout: Layout::Interleaved,
@@ -147,7 +148,7 @@ fn check_start<T: Element<Acc: Plain> + Plain>(dim: usize) {
     };
     let mut case = AlignCase::<T>::new(&mut Rng::new(20), AlignOptions { padding: Padding::Left, ..options });
     case.mix = Tensor::new(vec![T::Acc::ZERO; case.mix.len()], case.mix.shape);
-    let identity = |at: usize| if at % (dim * dim) % (dim + 1) == 0 { T::Acc::ONE } else { T::Acc::ZERO };
+    let identity = |at: usize| if (at % (dim * dim)).is_multiple_of(dim + 1) { T::Acc::ONE } else { T::Acc::ZERO };
     case.keep = Tensor::new((0..case.keep.len()).map(identity).collect(), case.keep.shape);
     let bits = |tensor: &Tensor<T, 4>| tensor.widened().values().into_iter().map(f64::to_bits).collect::<Vec<_>>();
     assert!(bits(&run_forward(&case).aligned) == bits(&case.key), "{:?}", T::DTYPE);
@@ -155,10 +156,11 @@ fn check_start<T: Element<Acc: Plain> + Plain>(dim: usize) {
 
 #[test]
 fn at_its_start_no_key_changes() {
-    check_start::<f32>(32);
-    check_start::<f64>(8);
-    check_start::<bf16>(32);
-    check_start::<f16>(72);
+    check_start::<f32>(32, 70);
+    check_start::<f64>(8, 66);
+    check_start::<bf16>(32, 70);
+    check_start::<f16>(72, 70);
+    check_start::<bf16>(64, 5);
 }
 
 /// A head dimension that is no multiple of 8: rows filled up with zeros, which get no eps.
@@ -252,4 +254,23 @@ fn large_heads_match_the_specification() {
     let options = AlignOptions { batch: 1, heads: 1, tokens: 21, padding: Padding::Right, ..AlignOptions::default() };
     check::<bf16>(AlignOptions { dim: 136, ..options }, 50);
     check::<f32>(AlignOptions { dim: 136, kind: Basis::Gram, ..options }, 51);
+}
+
+/// A decoding step: one launch without workspace.
+#[test]
+fn few_tokens_match_the_specification() {
+    let options = AlignOptions { given: true, modalities: 3, layout: Layout::Interleaved, ..AlignOptions::default() };
+    let forward = |case: AlignCase<bf16>| case.check_forward(&run_forward(&case));
+    for (seed, tokens, dim, padding) in
+        [(60, 1, 128, Padding::None), (61, 5, 40, Padding::Left), (62, 8, 72, Padding::WholeRow)]
+    {
+        forward(AlignCase::new(
+            &mut Rng::new(seed),
+            AlignOptions { tokens, dim, padding, storage: Storage::TokensFirst, ..options },
+        ));
+    }
+    let case = AlignCase::<f32>::new(&mut Rng::new(63), AlignOptions { tokens: 2, dim: 256, ..options });
+    case.check_forward(&run_forward(&case));
+    let case = AlignCase::<f64>::new(&mut Rng::new(64), AlignOptions { tokens: 4, dim: 64, ..options });
+    case.check_forward(&run_forward(&case));
 }

@@ -210,3 +210,25 @@ fn launches_that_do_not_fit() {
     let fault = outcome(&kernel("out[t] = 1;"), (1, 32, 200 << 10)).unwrap_err();
     assert!(fault.message.contains("of shared memory"), "{fault}");
 }
+
+#[test]
+fn bank_conflicts_are_counted() {
+    let conflicts = |access: &str| {
+        let mut gpu = Gpu::new();
+        gpu.counting = true;
+        let out = gpu.output::<u32>(32);
+        let text = format!(
+            "KERNEL(test)(u32* out) {{ __shared__ alignas(16) u32 s[1056]; u32 t = threadIdx.x; {access} __syncwarp();
+            out[t] = s[0]; }}"
+        );
+        launch(&mut gpu, &text, WARP, &[out]).unwrap();
+        gpu.conflicts
+    };
+    assert_eq!(conflicts("s[t] = t;"), 0);
+    assert_eq!(conflicts("s[33 * t] = t;"), 0);
+    assert_eq!(conflicts("s[32 * t] = t;"), 31);
+    assert_eq!(conflicts("s[2 * t] = t;"), 1);
+    // Four words a lane: eight lanes at a time.
+    assert_eq!(conflicts("*(uint4*)&s[4 * t] = make_uint4(t, t, t, t);"), 0);
+    assert_eq!(conflicts("*(uint4*)&s[32 * t] = make_uint4(t, t, t, t);"), 28);
+}

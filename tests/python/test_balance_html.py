@@ -110,7 +110,7 @@ def test_a_page_is_accessible(page):
 
 def test_every_number_has_its_sentence_and_the_three_measures_stand_together(page):
     text = page.read_text(encoding="utf-8")
-    table = re.search(r"<table>.*?</table>", text, re.DOTALL)[0]
+    table = re.search(r"<table .*?</table>", text, re.DOTALL)[0]
     sentences = [f"<b>{MEASURE_NAMES[name]}</b> {escape(words.OF_MEASURE[name])}" for name in MEASURES]
     places = [table.index(sentence) for sentence in sentences]
     assert places == sorted(places)

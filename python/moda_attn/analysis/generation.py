@@ -101,7 +101,7 @@ def generation_balance(model: nn.Module, *, max_new_tokens: int, **inputs: Any) 
         ModaValueError: a way of generating in which a call of the model is not about one token: assisted decoding,
             prompt look-up, a prompt in pieces.
     """
-    settings: Any = inputs.get("generation_config") or model.generation_config
+    settings: Any = inputs.get("generation_config") or getattr(model, "generation_config", None)
     for name in _SEVERAL_AT_ONCE:
         if inputs.get(name) or getattr(settings, name, None):
             raise ModaValueError(f"{name} has the model look at several tokens in one call; generate without it")
@@ -124,7 +124,9 @@ def generation_balance(model: nn.Module, *, max_new_tokens: int, **inputs: Any) 
         over = came_from < 0
     else:
         length = mass.shape[2]
-        over = _after_the_end(output.sequences[:, -length:], inputs.get("eos_token_id", settings.eos_token_id))
+        over = _after_the_end(
+            output.sequences[:, -length:], inputs.get("eos_token_id", getattr(settings, "eos_token_id", None))
+        )
     tokens = output.sequences[:, -length:].masked_fill(over, -1)
     mass = mass.masked_fill(over[None, :, :, None].to(mass.device), torch.nan)
     return GenerationBalance(layers, tokens.cpu().numpy(), mass.double().cpu().numpy(), is_patched(model))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = {getattr(LIGHT, colour.name): f"var(--{colour.name})" for colour in fields(Theme)}
+_FONT = "DejaVuSans"
 #: A photograph is shown at most so many pixels wide and high.
 LARGEST_PICTURE = 384
 
@@ -48,13 +49,27 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     text = text[text.index("<svg") :]
     for colour, variable in _COLOURS.items():
         text = text.replace(colour, variable)
-    # Ids are unique within a picture only, and a page holds many.
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    # Ids are unique within a picture only, and a page holds many; letters are the same in all of them.
+    text = re.sub(rf'\bid="(?!{_FONT})', f'id="{name}-', text)
+    text = re.sub(rf'(href="#|url\(#)(?!{_FONT})', rf"\g<1>{name}-", text)
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
     text = re.sub(r"<svg ([^>]*)", rf'<svg role="img" aria-label="{escape(alt)}" \1', text, count=1)
     return re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", text, count=2)
+
+
+def share_letters(page: str) -> str:
+    """The page with every letter's shape defined once, by the first picture that has it, instead of in each."""
+    known: set[str] = set()
+
+    def first_only(shape: re.Match[str]) -> str:
+        if shape[1] in known:
+            return ""
+        known.add(shape[1])
+        return shape[0]
+
+    page = re.sub(rf'<path id="({_FONT}[^"]*)"[^>]*/>\s*', first_only, page)
+    return re.sub(r"<defs>\s*</defs>\s*", "", page)
 
 
 def picture_definition(picture: Any, name: str) -> tuple[str, tuple[int, int]]:

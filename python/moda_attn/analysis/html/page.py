@@ -14,7 +14,7 @@ import numpy as np
 from ..compare import BalanceComparison
 from ..report import BalanceReport
 from . import sections
-from .figures import colour_rules
+from .figures import colour_rules, share_letters
 
 if TYPE_CHECKING:
     from ..generation import GenerationBalance
@@ -91,7 +91,7 @@ class ReportPage:
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f'<title>{escape(self.title)}</title>\n<link rel="icon" href="data:,">\n<style>\n{style}</style>\n</head>\n'
-            "<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
+            "<body>\n<main>\n" + share_letters("\n".join(body)) + "\n</main>\n</body>\n</html>\n"
         )
 
     def write(self, path: str | Path) -> Path:

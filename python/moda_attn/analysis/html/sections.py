@@ -248,7 +248,7 @@ def _one_image(number: int, seen: SeenImage, maps: dict[str, list[tuple[str, np.
                 f" {relative.shape[1]}, {relative.max():.1f} times an even share"
             )
             svg = heat_panel(relative, top, size or (relative.shape[1], relative.shape[0]), name, alt)
-            figures.append(_figure(svg, f"{title}: {values.sum():.1%} of the mass"))
+            figures.append(_figure(svg, f"{title}: {values.sum():.1%} of mass"))
         parts.append(f'<p><b>{escape(model)}</b></p><div class="maps">{"".join(figures)}</div>')
     return "".join(parts)
 

@@ -66,7 +66,8 @@ def _counts(rows: Iterable[RowBalance]) -> str:
 
 def _table(caption: str, titles: Sequence[str], bodies: Iterable[str]) -> str:
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
-    return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>{''.join(bodies)}</table>"
+    opening = f'<table class="of{len(titles)}"><caption>{escape(caption)}</caption>'
+    return f"{opening}<thead><tr>{head}</tr></thead>{''.join(bodies)}</table>"
 
 
 def _body(name: str, width: int, lines: Iterable[str]) -> str:
@@ -91,7 +92,7 @@ def _value(name: str, value: float) -> str:
 def _factor(value: float) -> str:
     """Three digits, with a power of ten where the number is far from 1."""
     if math.isnan(value) or value == 0 or 1e-3 <= value < 1e4:
-        return f"{value:.3f}" if value < 10 else f"{value:.4g}"
+        return f"{value:.3f}" if 0.1 <= value < 10 else f"{value:.3g}"
     digits, _, power = f"{value:.2e}".partition("e")
     return f"{digits}·10<sup>{int(power)}</sup>".replace("-", "−")
 
