@@ -27,28 +27,33 @@ struct modality_run {
     real sums[ROW_TILES][2];
 };
 
-__device__ __forceinline__ void add_to_rows(real* const (&rows)[ROW_TILES][2], int modality, const real (&sums)[ROW_TILES][2]) {
+// `row_of_sums(row)` is where the sums of a row of the warp lie, null where there is no such row.
+template <class RowOfSums>
+__device__ __forceinline__ void add_to_rows(RowOfSums row_of_sums, int modality, const real (&sums)[ROW_TILES][2]) {
 #pragma unroll
     for (int t = 0; t < ROW_TILES; t++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             real sum = row_sum(sums[t][half]);
-            if (rows[t][half] && lane() % 4 == 0) rows[t][half][modality] += sum;
+            real* row = row_of_sums(here(fragment_row(t, 2 * half)));
+            if (row && lane() % 4 == 0) row[modality] += sum;
         }
 }
 
-__device__ __forceinline__ void flush(real* const (&rows)[ROW_TILES][2], modality_run& run) {
-    if (run.modality != PADDING) add_to_rows(rows, run.modality, run.sums);
+template <class RowOfSums>
+__device__ __forceinline__ void flush(RowOfSums row_of_sums, modality_run& run) {
+    if (run.modality != PADDING) add_to_rows(row_of_sums, run.modality, run.sums);
     run = {PADDING, {}};
 }
 
 // Adds the values of one tile to the sums of their rows.
+template <class RowOfSums>
 __device__ __forceinline__ void add_by_modality(
-    real* const (&rows)[ROW_TILES][2], modality_run& run, const real (&values)[ROW_TILES][KEYS / 8][4], int modality,
+    RowOfSums row_of_sums, modality_run& run, const real (&values)[ROW_TILES][KEYS / 8][4], int modality,
     const u8* codes
 ) {
     if (modality != MIXED) {
-        if (modality != run.modality) flush(rows, run);
+        if (modality != run.modality) flush(row_of_sums, run);
         run.modality = modality;
 #pragma unroll
         for (int t = 0; t < ROW_TILES; t++)
@@ -58,7 +63,7 @@ __device__ __forceinline__ void add_by_modality(
                 for (int e = 0; e < 4; e++) run.sums[t][e / 2] += values[t][n][e];
         return;
     }
-    flush(rows, run);
+    flush(row_of_sums, run);
     // The modalities among the keys, from the smallest on; each lane looks after two keys.
     int left[2];
     for (int i = 0; i < 2; i++) left[i] = 32 * i + lane() < KEYS ? codes[32 * i + lane()] : PADDING;
@@ -75,7 +80,7 @@ __device__ __forceinline__ void add_by_modality(
 #pragma unroll
                 for (int t = 0; t < ROW_TILES; t++) sums[t][0] += values[t][n][odd], sums[t][1] += values[t][n][2 + odd];
             }
-        add_to_rows(rows, present, sums);
+        add_to_rows(row_of_sums, present, sums);
         for (int i = 0; i < 2; i++) left[i] = left[i] == present ? PADDING : left[i];
     }
 }
@@ -121,8 +126,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_rows(const __grid_c
         );
     };
 
+    auto row_of_sums = [&](int row) -> real* {
+        const int query = row_at(row).query;
+        return query >= 0 ? p.sums + ((i64)blockIdx.x * in.queries + query) * p.columns : nullptr;
+    };
     real logsumexp[PARTS][ROW_TILES][2], delta[PARTS][ROW_TILES][2];  // in powers of two
-    real* sum_rows[ROW_TILES][2];
     bool seen[PARTS][ROW_TILES][2] = {};
     modality_run run = {PADDING, {}};
 #pragma unroll
@@ -137,9 +145,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_rows(const __grid_c
                 logsumexp[part][t][half] = query >= 0 ? p.logsumexp[at] * LOG2_E : INFINITE;
                 delta[part][t][half] = query >= 0 && !MASS ? p.delta[at] : 0;
             }
-            sum_rows[t][half] = SUMS && query >= 0 ? p.sums + (unit_of_rows * in.queries + query) * p.columns : nullptr;
             if (SUMS && query >= 0 && lane() % 4 == 0) {
-                for (int column = 0; column < p.columns; column++) sum_rows[t][half][column] = 0;
+                for (int column = 0; column < p.columns; column++) row_of_sums(fragment_row(t, 2 * half))[column] = 0;
             }
         }
     real sums[ROW_TILES][DIM / 8][4];
@@ -217,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_rows(const __grid_c
                 }
         weighted(sums, weights, key_tile(now_stage));
 #endif
-        if (SUMS) add_by_modality(sum_rows, run, weights, now.modality, key_codes + first_key);
+        if (SUMS) add_by_modality(row_of_sums, run, weights, now.modality, key_codes + first_key);
         __syncthreads();
         if (STAGES == 1 && tile < tiles) {
             load_stage(0);
@@ -225,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_rows(const __grid_c
         }
     }
 
-    if (SUMS) flush(sum_rows, run);
+    if (SUMS) flush(row_of_sums, run);
 #pragma unroll
     for (int t = 0; t < ROW_TILES; t++)
 #pragma unroll
@@ -241,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_rows(const __grid_c
                 // L is +inf where an infinite sink took it all.
                 pseudo += z == logsumexp[part][t][half] ? (real)1 : power2(z - logsumexp[part][t][half]);
             }
-            if (query >= 0 && lane() % 4 == 0) sum_rows[t][half][p.columns - 1] = pseudo;
+            if (query >= 0 && lane() % 4 == 0) row_of_sums(fragment_row(t, 2 * half))[p.columns - 1] = pseudo;
 #else
             if (query < 0) continue;
             store_row(p.query_gradient + ((i64)blockIdx.x * in.queries + query) * HEAD_DIM, sums[t], half, (real)in.scale);
