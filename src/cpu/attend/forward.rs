@@ -309,13 +309,14 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
                 self.scores(range, row..row + 1, near);
             }
         }
-        let total = match standing {
-            Some(total) => total,
+        let total = if let Some(total) = standing {
+            total
+        } else {
             // SAFETY: as above, and the row's sums.
-            None => unsafe {
+            unsafe {
                 let sums = self.sums.as_mut_ptr().add(row * stride);
                 settle(self.d, span, &mut self.running[row], (sums, vectors))
-            },
+            }
         };
         if let Some(by) = self.mass {
             let scored = Scored {

@@ -78,7 +78,7 @@ pub(super) fn tiles<S: Simd>(_: S, infos: &[RowInfo], keys: &Range<usize>, whole
     (0..infos.len()).step_by(step).map(move |first| {
         let rows = first..(first + step).min(infos.len());
         let keys = if whole { 0..keys.len() } else { seen(&infos[rows.clone()], keys, 2 * S::LANES) };
-        Tile { keys, rows }
+        Tile { rows, keys }
     })
 }
 

@@ -294,7 +294,6 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
                 let seen = info.sees(range);
                 seen.start < first + count && first < seen.end
             };
-            // Where all rows see all keys, these two ask one row each.
             let skip = self.infos.iter().position(sees).unwrap_or(self.infos.len()) / D::DEPTH;
             let until = self.infos.iter().rposition(sees).map_or(skip, |last| last / D::DEPTH + 1);
             let size = Size { rows: count, vectors, depth: until - skip };
