@@ -34,7 +34,7 @@ test: build
 # Other releases of transformers, each in a thin environment over .venv: it holds only what that release wants otherwise.
 RELEASES := 4.57.6 5.17.0
 RELEASE_TESTS := $(addprefix tests/python/test_hf_,models.py structure.py patch.py generate.py decoding.py cache.py io.py record.py \
-	peft.py trainer.py foreign.py)
+	peft.py trainer.py foreign.py) $(addprefix tests/python/test_balance_,families.py generation.py keys.py callback.py)
 
 PURELIB := "import sysconfig; print(sysconfig.get_path('purelib'))"
 
@@ -50,7 +50,7 @@ LEGACY := 4.37.2
 
 test-transformers: build $(RELEASES:%=$(VENV)-%/.ready) $(VENV)-$(LEGACY)/.ready
 	for release in $(RELEASES); do $(VENV)-$$release/bin/python -m pytest -q -rs $(RELEASE_TESTS) || exit 1; done
-	$(VENV)-$(LEGACY)/bin/python -m pytest -q -rs tests/python/test_legacy.py
+	$(VENV)-$(LEGACY)/bin/python -m pytest -q -rs tests/python/test_legacy.py tests/python/test_balance_legacy.py
 
 check: build
 	cargo fmt --check

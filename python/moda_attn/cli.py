@@ -57,15 +57,38 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     balance = commands.add_parser(
-        "balance", help="attention mass of a model on its own and the other modalities, per layer"
+        "balance",
+        help="where a model's attention goes, by modality and layer; a report of one model, or of two compared",
+        description="Measures a LLaVA checkpoint on --images with --prompt, or on the examples of --data, prints what"
+        " it found, and writes it: a page for people (.html), the numbers for programs (.json).",
     )
     balance.add_argument("--model", required=True, help="a LLaVA checkpoint: a folder or a Hugging Face id")
     balance.add_argument(
         "--moda", type=Path, help="folder written by moda_attn.save_pretrained: measure with these weights"
     )
-    balance.add_argument("--image", type=Path, required=True)
-    balance.add_argument("--prompt", required=True)
-    balance.add_argument("--out", type=Path, help="also write the report as JSON")
+    balance.add_argument(
+        "--compare-with",
+        metavar="MODEL",
+        help="another checkpoint, measured first on the same inputs; with --moda it may be --model itself, unpatched",
+    )
+    balance.add_argument("--images", "--image", type=Path, metavar="DIR_OR_FILE", help="a picture, or a folder of some")
+    balance.add_argument("--prompt", help="what is asked about every picture")
+    balance.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='instead of both: a line each {"image": path beside the file, "prompt": text, "answer": optional text}',
+    )
+    balance.add_argument("--limit", type=_positive, metavar="N", help="only the first N inputs")
+    balance.add_argument(
+        "--out", type=Path, action="append", default=[], help="report.html or report.json; may be given twice"
+    )
+    balance.add_argument(
+        "--shown", type=_positive, default=2, metavar="N", help="pictures on the page: the first N (default 2)"
+    )
+    balance.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="of the answers on the page (default 32); 0: none"
+    )
     balance.set_defaults(run=_balance)
 
     commands.add_parser("bench", help="measure speed and memory on this machine (options: moda-attn bench --help)")
@@ -121,20 +144,27 @@ def _demo_checkpoint(options: argparse.Namespace) -> int:
 
 
 def _balance(options: argparse.Namespace) -> int:
-    from . import load_pretrained
-    from .analysis import attention_balance
-    from .demo.checkpoint import load_checkpoint, open_image, prepare, write_json
+    wrong = _wrong_request(options)
+    if wrong is not None:
+        print(f"moda-attn balance: {wrong}", file=sys.stderr)
+        return 2
+    from .analysis.command import run
 
-    picture = open_image(options.image)
-    model, processor = load_checkpoint(options.model)
-    if options.moda is not None:
-        load_pretrained(model, options.moda)
-    _, inputs = prepare(model, processor, picture, options.prompt)
-    report = attention_balance(model, **inputs)
-    print(report)
-    if options.out is not None:
-        write_json(options.out, report.to_dict())
-    return 0
+    return run(options)
+
+
+def _wrong_request(options: argparse.Namespace) -> str | None:
+    """What cannot be meant, found before a checkpoint is loaded."""
+    if options.data is not None and (options.images is not None or options.prompt is not None):
+        return "--data brings its own pictures and prompts; leave out --images and --prompt"
+    if options.data is None and (options.images is None or options.prompt is None):
+        return "--images together with --prompt wanted, or --data"
+    for path in options.out:
+        if path.suffix not in (".html", ".json"):
+            return f"--out {path}: a name that ends in .html or .json wanted"
+    if options.compare_with == options.model and options.moda is None:
+        return "--compare-with is the model itself; give --moda, or another model"
+    return None
 
 
 if __name__ == "__main__":

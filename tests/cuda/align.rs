@@ -6,6 +6,7 @@ use crate::common::{
 use crate::common::{Tensor, assert_close, tolerance};
 use crate::device::{ids, input, output, record, values};
 use crate::emulator::{Gpu, Plain};
+use half::{bf16, f16};
 use moda_attn::cuda::DeviceTensor;
 use moda_attn::cuda::align::{backward, backward_workspace, forward, forward_workspace};
 use moda_attn::cuda::problem::{AlignGradients, AlignOutputs, AlignProblem, AlignUpstream, IdsRecord, Target};
@@ -35,8 +36,13 @@ fn problem<T: Element<Acc: Plain> + Plain>(gpu: &mut Gpu, case: &AlignCase<T>) -
 }
 
 fn run_forward<T: Element<Acc: Plain> + Plain>(case: &AlignCase<T>) -> AlignBuffers<T> {
+    run_forward_of(case, case.options.dim)
+}
+
+/// The same with so many real components of a key.
+fn run_forward_of<T: Element<Acc: Plain> + Plain>(case: &AlignCase<T>, real: usize) -> AlignBuffers<T> {
     let mut gpu = Gpu::new();
-    let problem = problem(&mut gpu, case).validated().unwrap();
+    let problem = AlignProblem { dim: real, ..problem(&mut gpu, case) }.validated().unwrap();
     let AlignOptions { batch, heads, modalities, dim, .. } = case.options;
     let basis = case.basis.is_none().then(|| output::<T::Acc, 5>(&mut gpu, [batch, heads, modalities, dim, dim]));
     let outputs = AlignOutputs { aligned: output::<T, 4>(&mut gpu, case.key.shape), basis };
@@ -52,8 +58,17 @@ fn run_backward<T: Element<Acc: Plain> + Plain>(
     case: &AlignCase<T>,
     basis: &Tensor<T::Acc, 5>,
 ) -> AlignGradientBuffers<T> {
+    run_backward_of(case, basis, case.options.dim)
+}
+
+fn run_backward_of<T: Element<Acc: Plain> + Plain>(
+    case: &AlignCase<T>,
+    basis: &Tensor<T::Acc, 5>,
+    dim: usize,
+) -> AlignGradientBuffers<T> {
     let mut gpu = Gpu::new();
-    let problem = AlignProblem { basis: Some(input(&mut gpu, basis)), ..problem(&mut gpu, case) }.validated().unwrap();
+    let problem =
+        AlignProblem { basis: Some(input(&mut gpu, basis)), dim, ..problem(&mut gpu, case) }.validated().unwrap();
     let upstream = AlignUpstream {
         aligned: input(&mut gpu, &case.aligned_gradient),
         basis: case.basis_gradient.as_ref().map(|gradient| input(&mut gpu, gradient)),
@@ -120,6 +135,87 @@ fn cases(dims: [usize; 4], tokens: [usize; 4]) -> [AlignOptions; 4] {
     ]
 }
 
+/// keep = I and mix = 0, as a model starts: every key comes out as it went in, bit for bit.
+fn check_start<T: Element<Acc: Plain> + Plain>(dim: usize, tokens: usize) {
+    let options = AlignOptions {
+        dim,
+        tokens,
+        given: tokens < 8,
+        batch: 1,
+        modalities: 3,
+        layout: Layout::Interleaved,
+        ..AlignOptions::default()
+    };
+    let mut case = AlignCase::<T>::new(&mut Rng::new(20), AlignOptions { padding: Padding::Left, ..options });
+    case.mix = Tensor::new(vec![T::Acc::ZERO; case.mix.len()], case.mix.shape);
+    let identity = |at: usize| if (at % (dim * dim)).is_multiple_of(dim + 1) { T::Acc::ONE } else { T::Acc::ZERO };
+    case.keep = Tensor::new((0..case.keep.len()).map(identity).collect(), case.keep.shape);
+    let bits = |tensor: &Tensor<T, 4>| tensor.widened().values().into_iter().map(f64::to_bits).collect::<Vec<_>>();
+    assert!(bits(&run_forward(&case).aligned) == bits(&case.key), "{:?}", T::DTYPE);
+}
+
+#[test]
+fn at_its_start_no_key_changes() {
+    check_start::<f32>(32, 70);
+    check_start::<f64>(8, 66);
+    check_start::<bf16>(32, 70);
+    check_start::<f16>(72, 70);
+    check_start::<bf16>(64, 5);
+}
+
+/// A head dimension that is no multiple of 8: rows filled up with zeros, which get no eps.
+#[test]
+fn filled_rows_change_nothing() {
+    const DIM: usize = 5;
+    const FILLED: usize = 8;
+    fn filled<T: Element, const R: usize>(tensor: &Tensor<T, R>, axes: usize) -> Tensor<T, R> {
+        let mut shape = tensor.shape;
+        shape[R - axes..].fill(FILLED);
+        let mut values = vec![T::default(); shape.iter().product()];
+        for (at, value) in tensor.values().into_iter().enumerate() {
+            let (row, column) = (at / DIM, at % DIM);
+            let row = if axes == 2 { row / DIM * FILLED + row % DIM } else { row };
+            values[row * FILLED + column] = value;
+        }
+        Tensor::new(values, shape)
+    }
+    fn cut<T: Element, const R: usize>(tensor: &Tensor<T, R>, axes: usize) -> Tensor<T, R> {
+        let mut shape = tensor.shape;
+        shape[R - axes..].fill(DIM);
+        let inside = |at: &usize| at % FILLED < DIM && (axes == 1 || at / FILLED % FILLED < DIM);
+        let kept = (0..tensor.len()).filter(inside).map(|at| tensor.flat(at));
+        Tensor::new(kept.collect(), shape)
+    }
+    let options = AlignOptions { dim: DIM, tokens: 20, given: false, basis_used: true, ..AlignOptions::default() };
+    let case = AlignCase::<f64>::new(&mut Rng::new(30), options);
+    let wide = AlignCase {
+        options: AlignOptions { dim: FILLED, ..options },
+        key: filled(&case.key, 1),
+        value: filled(&case.value, 1),
+        keep: filled(&case.keep, 2),
+        mix: filled(&case.mix, 2),
+        aligned_gradient: filled(&case.aligned_gradient, 1),
+        basis_gradient: case.basis_gradient.as_ref().map(|gradient| filled(gradient, 2)),
+        ..case.clone()
+    };
+    let got = run_forward_of(&wide, DIM);
+    let gradients = run_backward_of(&wide, &got.basis, DIM);
+    case.check_forward(&AlignBuffers { aligned: cut(&got.aligned, 1), basis: cut(&got.basis, 2) });
+    case.check_backward(&AlignGradientBuffers {
+        key: cut(&gradients.key, 1),
+        value: cut(&gradients.value, 1),
+        keep: cut(&gradients.keep, 2),
+        mix: cut(&gradients.mix, 2),
+        basis: None,
+    });
+}
+
+#[test]
+fn no_token_is_a_problem_too() {
+    let options = AlignOptions { tokens: 0, dim: 8, ..AlignOptions::default() };
+    check::<f32>(options, 40);
+}
+
 #[test]
 fn float32_matches_the_specification() {
     cases([32, 40, 64, 72], [70, 63, 1, 33])
@@ -134,4 +230,47 @@ fn float64_matches_the_specification() {
         .into_iter()
         .zip(4..)
         .for_each(|(options, seed)| check::<f64>(options, seed));
+}
+
+#[test]
+fn bfloat16_matches_the_specification() {
+    cases([64, 40, 72, 32], [130, 63, 1, 70])
+        .into_iter()
+        .zip(8..)
+        .for_each(|(options, seed)| check::<bf16>(options, seed));
+}
+
+#[test]
+fn float16_matches_the_specification() {
+    cases([32, 72, 40, 64], [70, 65, 33, 7])
+        .into_iter()
+        .zip(12..)
+        .for_each(|(options, seed)| check::<f16>(options, seed));
+}
+
+/// Head dimensions whose tiles are cut differently.
+#[test]
+fn large_heads_match_the_specification() {
+    let options = AlignOptions { batch: 1, heads: 1, tokens: 21, padding: Padding::Right, ..AlignOptions::default() };
+    check::<bf16>(AlignOptions { dim: 136, ..options }, 50);
+    check::<f32>(AlignOptions { dim: 136, kind: Basis::Gram, ..options }, 51);
+}
+
+/// A decoding step: one launch without workspace.
+#[test]
+fn few_tokens_match_the_specification() {
+    let options = AlignOptions { given: true, modalities: 3, layout: Layout::Interleaved, ..AlignOptions::default() };
+    let forward = |case: AlignCase<bf16>| case.check_forward(&run_forward(&case));
+    for (seed, tokens, dim, padding) in
+        [(60, 1, 128, Padding::None), (61, 5, 40, Padding::Left), (62, 8, 72, Padding::WholeRow)]
+    {
+        forward(AlignCase::new(
+            &mut Rng::new(seed),
+            AlignOptions { tokens, dim, padding, storage: Storage::TokensFirst, ..options },
+        ));
+    }
+    let case = AlignCase::<f32>::new(&mut Rng::new(63), AlignOptions { tokens: 2, dim: 256, ..options });
+    case.check_forward(&run_forward(&case));
+    let case = AlignCase::<f64>::new(&mut Rng::new(64), AlignOptions { tokens: 4, dim: 64, ..options });
+    case.check_forward(&run_forward(&case));
 }

@@ -1,9 +1,11 @@
 //! Arithmetic instructions of the interpreter, one by one, against plain Rust.
+#![allow(clippy::float_cmp, clippy::manual_clamp, reason = "bits are compared, and NaN saturates to zero")]
 
 use crate::common::Rng;
 use crate::emulator::Gpu;
 use crate::kernel::run;
 use half::{bf16, f16};
+use std::fmt::Write;
 
 /// An instruction on %0 (result), %1, %2, %3; the letters of their registers (h 16, r 32, l 64 bits); what it computes.
 type Case = (&'static str, &'static str, fn([u64; 3]) -> u64);
@@ -78,8 +80,9 @@ fn check(cases: &[Case], same: fn(u64, u64) -> bool) {
             .zip(["a", "b", "c"])
             .map(|(letter, name)| format!("\"{letter}\"(({})p.{name})", ty(letter)))
             .collect();
-        body += &format!(
-            "{{ {} d; asm volatile(\"{code}\" : \"={result}\"(d) : {}); p.out[{at} * p.count + i] = (u64)d; }}\n",
+        let _ = writeln!(
+            body,
+            "{{ {} d; asm volatile(\"{code}\" : \"={result}\"(d) : {}); p.out[{at} * p.count + i] = (u64)d; }}",
             ty(result),
             inputs.join(", ").replace("p.", "")
         );

@@ -8,6 +8,8 @@ mod emulator;
 
 mod align;
 mod arithmetic;
+mod attend;
+mod checks;
 mod device;
 mod ids;
 mod kernel;

@@ -39,7 +39,8 @@ fn lanes_part_and_meet_again() {
 
 #[test]
 fn shuffles_read_other_lanes() {
-    let shuffles: [(&str, fn(u32) -> u32); 7] = [
+    type Source = fn(u32) -> u32;
+    let shuffles: [(&str, Source); 7] = [
         ("__shfl_sync(~0u, v, 3)", |_| 3),
         ("__shfl_sync(~0u, v, lane + 1)", |lane| (lane + 1) % 32),
         ("__shfl_sync(~0u, v, 2, 8)", |lane| lane / 8 * 8 + 2),

@@ -65,7 +65,7 @@ impl Warp {
                 }
             }
             Operation::CopyAsync { to, from, bytes, valid } => {
-                self.begin_copies(to, from, (bytes, valid), active, block)?
+                self.begin_copies(to, from, (bytes, valid), active, block)?;
             }
             Operation::CommitCopies => bits(active).for_each(|lane| self.groups[lane] += 1),
             Operation::WaitCopies(keep) => self.land_copies(keep, active, block),

@@ -26,6 +26,7 @@ pub(crate) struct Block<'a> {
     pub(crate) position: [u32; 3],
     pub(crate) grid: [u32; 3],
     pub(crate) dynamic_shared: u32,
+    pub(crate) patience: u64,
 }
 
 /// An error, with the warp whose it is.

@@ -1,7 +1,7 @@
 //! `cvt`: one type to another.
 
 use super::float::Float;
-use super::half::{bf16_bits, bf16_value, f16_bits, f16_value, towards_zero};
+use super::half::{bf16_bits, bf16_value, f16_bits, f16_value, tf32_bits, towards_zero};
 use super::instruction::{Function, Type};
 use super::integer::{lanes, low, sign_extended};
 
@@ -9,6 +9,8 @@ use super::integer::{lanes, low, sign_extended};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rounding {
     Nearest,
+    /// To the nearest, ties away from zero.
+    Away,
     Zero,
     /// To a whole number: nearest, towards zero, down, up.
     WholeNearest,
@@ -21,6 +23,7 @@ impl Rounding {
     pub(crate) fn parse(name: &str) -> Option<Self> {
         Some(match name {
             "rn" => Self::Nearest,
+            "rna" => Self::Away,
             "rz" => Self::Zero,
             "rni" => Self::WholeNearest,
             "rzi" => Self::WholeZero,
@@ -32,7 +35,7 @@ impl Rounding {
 
     fn whole(self, value: f64) -> f64 {
         match self {
-            Self::Nearest | Self::Zero => value,
+            Self::Nearest | Self::Away | Self::Zero => value,
             Self::WholeNearest => value.round_ties_even(),
             Self::WholeZero => value.trunc(),
             Self::WholeDown => value.floor(),
@@ -47,11 +50,14 @@ pub(crate) fn convert(to: Type, from: Type, rounding: Option<Rounding>, float: F
     if from.is_integer() && to.is_integer() {
         return Some(lanes(move |[a]| integer(a, to, from, float.saturate)));
     }
+    if rounding == Some(Rounding::Away) {
+        return ((to, from) == (Type::TF32, Type::F32)).then(|| lanes(|[a]| tf32_bits(a)));
+    }
     let decode = decoder(from, float)?;
     if to.is_integer() {
         return Some(lanes(move |[a]| to_integer(whole.whole(decode(a)), to, from)));
     }
-    let encode = encoder(to, rounding.filter(|&mode| mode == Rounding::Zero).is_some(), float)?;
+    let encode = encoder(to, rounding == Some(Rounding::Zero), float)?;
     Some(lanes(move |[a]| encode(whole.whole(decode(a)))))
 }
 
@@ -85,10 +91,7 @@ fn decoder(from: Type, float: Float) -> Option<Decode> {
 }
 
 fn encoder(to: Type, zero: bool, float: Float) -> Option<Encode> {
-    let bounded = move |value: f64| {
-        let value = if float.saturate { value.max(0.0).min(1.0) } else { value };
-        if float.relu && value < 0.0 { 0.0 } else { value }
-    };
+    let bounded = move |value: f64| float.bounded(value);
     Some(match (to, zero) {
         (Type::F32, false) => Box::new(move |value| float.bits32(bounded(value))),
         (Type::F64, false) => Box::new(move |value| bounded(value).to_bits()),

@@ -4,12 +4,16 @@
 //! instructions give (twice the digits and two more are enough for sums, products, quotients and roots) and closer than the
 //! machine's own `.approx` ones, which may be off by a few units of the last place.
 
+#![allow(clippy::float_cmp, reason = "what the instructions compare is exact")]
+
 use super::half::{bf16_bits, bf16_value, f16_bits, f16_value};
 use super::instruction::{Function, Type};
 use super::integer::{lanes, low};
+use std::cmp::Ordering;
 
 /// What a float instruction does besides its operation.
 #[derive(Debug, Clone, Copy, Default)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a modifier of the opcode")]
 pub(crate) struct Float {
     /// Subnormal operands and results count as zero.
     pub(crate) flush: bool,
@@ -34,10 +38,10 @@ impl Float {
         if self.flush && value.is_subnormal() { 0.0_f32.copysign(value) } else { value }
     }
 
-    fn bounded(self, value: f64) -> f64 {
+    pub(crate) fn bounded(self, value: f64) -> f64 {
         if self.saturate {
-            // NaN becomes 0 too
-            return value.max(0.0).min(1.0);
+            // Minus zero becomes plus zero.
+            return if value.is_nan() { 0.0 } else { value.clamp(0.0, 1.0) + 0.0 };
         }
         if self.relu && value < 0.0 { 0.0 } else { value }
     }
@@ -114,7 +118,6 @@ impl Float {
                 self.bits32(f64::from(a.mul_add(b, c)))
             })),
             ("fma" | "mad", _) => self.lifted(ty, |[a, b, c]| a.mul_add(b, c)),
-            ("max3", _) => None,
             _ => None,
         }
     }
@@ -123,7 +126,7 @@ impl Float {
     pub(crate) fn compare(self, name: &str, ty: Type) -> Option<Function<2>> {
         let test: fn(f64, f64) -> bool = match name {
             "eq" => |a, b| a == b,
-            "ne" => |a, b| a < b || a > b,
+            "ne" => |a, b| a.partial_cmp(&b).is_some_and(Ordering::is_ne),
             "lt" => |a, b| a < b,
             "le" => |a, b| a <= b,
             "gt" => |a, b| a > b,

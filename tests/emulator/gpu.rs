@@ -7,11 +7,13 @@ use super::parse::{Module, parse};
 use super::shared::Shared;
 use half::{bf16, f16};
 use moda_attn::cuda::Launch;
-use moda_attn::cuda::nvrtc::{Nvrtc, Want};
+use moda_attn::cuda::nvrtc::{Nvrtc, Want, options};
 use std::collections::HashMap;
-use std::fmt;
+use std::fmt::{self, Write};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Instant;
 
 /// Dynamic shared memory that a block gets without asking for more, and the most it can ask for on sm_80.
 const MOST_SHARED: usize = 163 * 1024;
@@ -84,6 +86,11 @@ pub(crate) struct Gpu {
     count: usize,
     /// Instructions executed so far, by a warp each.
     pub(crate) executed: u64,
+    /// Instructions after which a warp counts as caught in an endless loop.
+    pub(crate) patience: u64,
+    /// Whether bank conflicts are counted, and how many turns they cost so far.
+    pub(crate) counting: bool,
+    pub(crate) conflicts: u64,
 }
 
 impl Gpu {
@@ -93,7 +100,15 @@ impl Gpu {
     }
 
     pub(crate) fn with_architecture(architecture: (u32, u32)) -> Self {
-        Self { global: Global::default(), architecture, count: 0, executed: 0 }
+        Self {
+            global: Global::default(),
+            architecture,
+            count: 0,
+            executed: 0,
+            patience: 1 << 26,
+            counting: profiling(),
+            conflicts: 0,
+        }
     }
 
     pub(crate) fn architecture(&self) -> (u32, u32) {
@@ -171,9 +186,8 @@ impl Gpu {
                 kernel.shared + shared as usize
             )));
         }
-        let wanted = std::env::var_os("MODA_ATTN_PROFILE").is_some();
         let zeros = vec![0; kernel.instructions.len()];
-        let mut profile = Profile { executed: zeros.clone(), conflicts: zeros, conflicts_wanted: wanted };
+        let mut profile = Profile { executed: zeros.clone(), conflicts: zeros, conflicts_wanted: self.counting };
         self.global.begin_launch();
         for z in 0..grid[2] {
             for y in 0..grid[1] {
@@ -187,6 +201,7 @@ impl Gpu {
                         position: [x, y, z],
                         grid,
                         dynamic_shared: shared,
+                        patience: self.patience,
                     };
                     block.run(kernel).map_err(|failure| {
                         let place = program.place(kernel, failure.trap.at);
@@ -197,7 +212,8 @@ impl Gpu {
             }
         }
         self.executed += profile.executed.iter().sum::<u64>();
-        if wanted {
+        self.conflicts += profile.conflicts.iter().sum::<u64>();
+        if profiling() {
             eprintln!("{}", program.report(kernel, &profile, shape));
         }
         Ok(())
@@ -210,9 +226,16 @@ impl Default for Gpu {
     }
 }
 
+/// Whether the costs of every compilation and launch are to be printed.
+fn profiling() -> bool {
+    std::env::var_os("MODA_ATTN_PROFILE").is_some()
+}
+
 fn bytes<T: Plain>(values: &[T]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(values.len() * T::SIZE);
-    values.iter().for_each(|value| value.put(&mut bytes));
+    for value in values {
+        value.put(&mut bytes);
+    }
     bytes
 }
 
@@ -223,6 +246,30 @@ fn text(source: moda_attn::cuda::Source) -> String {
         |name: &str| std::fs::read_to_string(folder.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
     let pieces: Vec<_> = source.pieces().iter().map(|piece| (piece.name, read(piece.name))).collect();
     moda_attn::cuda::source::joined(pieces.iter().map(|(name, text)| (*name, text.as_str())))
+}
+
+/// PTX of a text, kept in the folder of the build so that the next run of the tests finds it compiled.
+fn assembly(source: &Source, architecture: (u32, u32)) -> Result<String, String> {
+    let nvrtc = Nvrtc::get().map_err(|error| error.to_string())?;
+    let mut key = DefaultHasher::new();
+    (source, nvrtc.version(), options(&source.defines, architecture, Want::Ptx)).hash(&mut key);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("ptx");
+    let kept = folder.join(format!("{:016x}.ptx", key.finish()));
+    if let Ok(ptx) = std::fs::read_to_string(&kept) {
+        return Ok(ptx);
+    }
+    let start = Instant::now();
+    let text = (source.name, source.text.as_str());
+    let image = nvrtc.compile(text, &source.defines, architecture, Want::Ptx).map_err(|error| error.to_string())?;
+    if profiling() {
+        eprintln!("{} {:?}: compiled in {:?}", source.name, source.defines, start.elapsed());
+    }
+    let ptx = String::from_utf8_lossy(&image.bytes).trim_end_matches('\0').to_owned();
+    // Another process may write the same: what is there under the name is always whole.
+    let partial = kept.with_extension(std::process::id().to_string());
+    let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&partial, &ptx));
+    written.and_then(|()| std::fs::rename(&partial, &kept)).map_err(|error| format!("{}: {error}", kept.display()))?;
+    Ok(ptx)
 }
 
 /// Every text is compiled once a process, whatever number of tests want it at the same time.
@@ -239,10 +286,7 @@ impl Program {
     }
 
     fn compile(source: &Source, architecture: (u32, u32)) -> Result<Self, String> {
-        let nvrtc = Nvrtc::get().map_err(|error| error.to_string())?;
-        let text = (source.name, source.text.as_str());
-        let image = nvrtc.compile(text, &source.defines, architecture, Want::Ptx).map_err(|error| error.to_string())?;
-        let ptx = String::from_utf8_lossy(&image.bytes).trim_end_matches('\0').to_owned();
+        let ptx = assembly(source, architecture)?;
         let module = parse(&ptx).map_err(|error| format!("{}: {error}", source.name))?;
         Ok(Self { module, ptx, source: source.clone() })
     }
@@ -284,7 +328,7 @@ impl Program {
         );
         for (source, (executed, conflicts)) in lines.into_iter().take(30) {
             let source = source.map_or("no line".to_owned(), |(file, line)| self.source_line(file, line));
-            report += &format!("\n{executed:>10} {conflicts:>8}  {source}");
+            let _ = write!(report, "\n{executed:>10} {conflicts:>8}  {source}"); // to a String: never fails
         }
         report
     }

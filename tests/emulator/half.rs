@@ -43,7 +43,8 @@ pub(crate) fn bf16_bits(value: f64) -> u64 {
 /// A float32 from which rounding again gives what rounding once would have: inexact ones end in a one.
 fn rounded_to_odd(value: f64) -> f32 {
     let near = value as f32;
-    if f64::from(near) == value || value.is_nan() || near.is_infinite() {
+    let exact = f64::from(near).to_bits() == value.to_bits();
+    if exact || value.is_nan() || near.is_infinite() {
         return near;
     }
     let below = if f64::from(near).abs() > value.abs() { near.to_bits() - 1 } else { near.to_bits() };
@@ -53,4 +54,14 @@ fn rounded_to_odd(value: f64) -> f32 {
 /// The same towards zero, given the nearest.
 pub(crate) fn towards_zero(nearest: u64, value: f64, decode: fn(u64) -> f64) -> u64 {
     if decode(nearest).abs() > value.abs() { nearest - 1 } else { nearest }
+}
+
+/// The nearest number of tf32, ties away from zero, in the bits of a float32: the last 13 of them are zeros.
+pub(crate) fn tf32_bits(bits: u64) -> u64 {
+    if f32::from_bits(bits as u32).is_finite() { (bits + 0x1000) & 0xffff_e000 } else { bits }
+}
+
+/// What a product takes a float32 for: it does not look at the last 13 bits.
+pub(crate) fn tf32_value(bits: u64) -> f64 {
+    f64::from(f32::from_bits(bits as u32 & 0xffff_e000))
 }

@@ -1,6 +1,7 @@
 //! Arithmetic on integers and bits.
 
 use super::instruction::{Function, Lanes, Type, WARP};
+use std::cmp::Ordering;
 
 /// A function of single lanes as one of the whole warp.
 pub(crate) fn lanes<const N: usize>(f: impl Fn([u64; N]) -> u64 + Send + Sync + 'static) -> Function<N> {
@@ -58,7 +59,7 @@ pub(crate) fn unary(name: &str, ty: Type) -> Option<Function<1>> {
         "mov" | "cvta" => lanes(|[a]| a),
         "not" if ty == Type::Pred => lanes(|[a]| a ^ 1),
         "not" => integers!(ty, |a| !a),
-        "neg" => integers!(ty, |a| (a as u64).wrapping_neg()),
+        "neg" => integers!(ty, |a| (!a).wrapping_add(1)),
         "abs" if ty.is_signed() => lanes(move |[a]| low((sign_extended(a, bits) as i64).unsigned_abs(), bits)),
         "popc" => lanes(|[a]| u64::from(a.count_ones())),
         "clz" => lanes(move |[a]| u64::from(a.leading_zeros() - (64 - bits))),
@@ -182,12 +183,22 @@ pub(crate) fn lookup(table: u64) -> Function<3> {
 /// `setp` on integers and bits.
 pub(crate) fn compare(name: &str, ty: Type) -> Option<Function<2>> {
     Some(match name {
-        "eq" => lanes(|[a, b]| u64::from(a == b)),
-        "ne" => lanes(|[a, b]| u64::from(a != b)),
-        "lt" | "lo" => integers!(ty, |a, b| a < b),
-        "le" | "ls" => integers!(ty, |a, b| a <= b),
-        "gt" | "hi" => integers!(ty, |a, b| a > b),
-        "ge" | "hs" => integers!(ty, |a, b| a >= b),
+        "eq" => ordered(ty, Ordering::is_eq),
+        "ne" => ordered(ty, Ordering::is_ne),
+        "lt" | "lo" => ordered(ty, Ordering::is_lt),
+        "le" | "ls" => ordered(ty, Ordering::is_le),
+        "gt" | "hi" => ordered(ty, Ordering::is_gt),
+        "ge" | "hs" => ordered(ty, Ordering::is_ge),
         _ => return None,
     })
+}
+
+fn ordered(ty: Type, test: impl Fn(Ordering) -> bool + Send + Sync + 'static) -> Function<2> {
+    let bits = ty.bits();
+    if ty.is_signed() {
+        let signed = move |value: u64| sign_extended(value, bits) as i64;
+        lanes(move |[a, b]| u64::from(test(signed(a).cmp(&signed(b)))))
+    } else {
+        lanes(move |[a, b]| u64::from(test(a.cmp(&b))))
+    }
 }

@@ -287,7 +287,7 @@ impl Builder {
         let (by, function) = match opcode.types.get(1) {
             None => (self.value(by, Type::Pred)?, integer::lanes(|[a, b, by]| if by == 1 { a } else { b })),
             Some(Type::S32) => {
-                (self.value(by, Type::S32)?, integer::lanes(|[a, b, by]| if by as i32 >= 0 { a } else { b }))
+                (self.value(by, Type::S32)?, integer::lanes(|[a, b, by]| if by >> 31 == 0 { a } else { b }))
             }
             Some(other) => return Err(format!("a choice by {other:?} is not supported")),
         };
@@ -365,9 +365,8 @@ impl Builder {
 /// The type of a source operand that differs from the instruction's own.
 fn source_type(name: &str, ty: Type, at: usize) -> Type {
     match (name, at) {
-        ("shl" | "shr", 1) | ("bfe", 1 | 2) | ("bfi", 2 | 3) => Type::U32,
         ("mad.wide", 2) if ty.bits() == 32 => Type::U64,
-        ("mad.wide", 2) => Type::U32,
+        ("shl" | "shr", 1) | ("bfe", 1 | 2) | ("bfi", 2 | 3) | ("mad.wide", 2) => Type::U32,
         _ => ty,
     }
 }

@@ -101,9 +101,9 @@ impl Builder {
         match opcode.name {
             "cp" => self.lower_copy(opcode, operands)?,
             "ldmatrix" | "stmatrix" => {
-                ["sync", "aligned", "m8n8", "shared"].into_iter().for_each(|part| {
+                for part in ["sync", "aligned", "m8n8", "shared"] {
                     opcode.take(part);
-                });
+                }
                 let count = match opcode.choose(&["x1", "x2", "x4"]).ok_or("a number of matrices")? {
                     "x1" => 1,
                     "x2" => 2,
@@ -126,21 +126,24 @@ impl Builder {
                 });
             }
             _ => {
-                ["sync", "aligned", "row", "col"].into_iter().for_each(|part| {
+                for part in ["sync", "aligned", "row", "col"] {
                     opcode.take(part);
-                });
-                let depth = match opcode.choose(&["m16n8k16", "m16n8k8"]).ok_or("an unknown shape of a product")? {
-                    "m16n8k16" => 16,
-                    _ => 8,
-                };
-                let half = match opcode.types[..] {
+                }
+                let depth =
+                    match opcode.choose(&["m16n8k16", "m16n8k8", "m16n8k4"]).ok_or("an unknown shape of a product")? {
+                        "m16n8k16" => 16,
+                        "m16n8k8" => 8,
+                        _ => 4,
+                    };
+                let element = match opcode.types[..] {
                     [Type::F32, Type::BF16, Type::BF16, Type::F32] => Type::BF16,
                     [Type::F32, Type::F16, Type::F16, Type::F32] => Type::F16,
+                    [Type::F32, Type::TF32, Type::TF32, Type::F32] if depth < 16 => Type::TF32,
                     _ => return Err(format!("a product of {:?} is not supported", opcode.types)),
                 };
                 let [d, a, b, c] = exactly(operands)?;
                 let [d, a, b, c] = [self.registers(d)?, self.registers(a)?, self.registers(b)?, self.registers(c)?];
-                let multiply = Multiply::new(half, depth, d, a, b, c).ok_or("the wrong number of registers")?;
+                let multiply = Multiply::new(element, depth, d, a, b, c).ok_or("the wrong number of registers")?;
                 self.push(Operation::Multiply(multiply));
             }
         }

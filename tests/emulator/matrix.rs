@@ -1,15 +1,17 @@
 //! Products of small matrices on a warp: which lane holds which element, as the PTX ISA lays them out.
 
-use super::half::{bf16_value, f16_value};
+use super::half::{bf16_value, f16_value, tf32_value};
 use super::instruction::{Lanes, Register, Type, WARP};
 
-/// `mma.sync.m16n8k16` (or `k8`): D (16 x 8) = A (16 x K) B (K x 8) + C.
+/// `mma.sync.m16n8k16` (or `k8`, `k4`): D (16 x 8) = A (16 x K) B (K x 8) + C.
 ///
 /// Products are exact. They are added to C in float32, one after the other in the order of K; the machine adds several at
 /// a time with fewer digits, and differs in the last bits.
 pub(crate) struct Multiply {
     decode: fn(u64) -> f64,
     depth: usize,
+    /// Elements of a register.
+    parts: usize,
     pub(crate) d: Vec<Register>,
     a: Vec<Register>,
     b: Vec<Register>,
@@ -18,40 +20,46 @@ pub(crate) struct Multiply {
 
 impl Multiply {
     pub(crate) fn new(
-        half: Type,
+        element: Type,
         depth: usize,
         d: Vec<Register>,
         a: Vec<Register>,
         b: Vec<Register>,
         c: Vec<Register>,
     ) -> Option<Self> {
-        let decode = if half == Type::BF16 { bf16_value } else { f16_value };
-        let fits = [d.len(), a.len(), b.len(), c.len()] == [4, depth / 4, depth / 8, 4];
-        fits.then_some(Self { decode, depth, d, a, b, c })
+        let (decode, parts): (fn(u64) -> f64, _) = match element {
+            Type::BF16 => (bf16_value, 2),
+            Type::F16 => (f16_value, 2),
+            _ => (tf32_value, 1),
+        };
+        let fits = [d.len(), a.len(), b.len(), c.len()] == [4, depth / (2 * parts), depth / (4 * parts), 4];
+        fits.then_some(Self { decode, depth, parts, d, a, b, c })
     }
 
     /// The four registers of D.
     pub(crate) fn run(&self, registers: &[Lanes]) -> [Lanes; 4] {
-        let half = |register: Register, lane: usize, part: usize| {
-            (self.decode)(registers[register][lane] >> (16 * part) & 0xffff) as f32
+        let value = |register: Register, lane: usize| registers[register][lane];
+        let width = 32 / self.parts;
+        let element = |register: Register, lane: usize, part: usize| {
+            (self.decode)(value(register, lane) >> (width * part) & ((1 << width) - 1)) as f32
         };
         let mut a = [[0.0f32; 16]; 16];
         let mut b = [[0.0f32; 8]; 16];
         let mut sum = [[0.0f32; 8]; 16];
         for lane in 0..WARP {
             let (group, within) = (lane / 4, lane % 4);
-            for part in 0..2 {
+            for part in 0..self.parts {
                 for (at, &register) in self.a.iter().enumerate() {
-                    let (row, column) = (group + 8 * (at % 2), 2 * within + part + 8 * (at / 2));
-                    a[row][column] = half(register, lane, part);
+                    let (row, column) = (group + 8 * (at % 2), self.parts * (within + 4 * (at / 2)) + part);
+                    a[row][column] = element(register, lane, part);
                 }
                 for (at, &register) in self.b.iter().enumerate() {
-                    b[2 * within + part + 8 * at][group] = half(register, lane, part);
+                    b[self.parts * (within + 4 * at) + part][group] = element(register, lane, part);
                 }
             }
             for at in 0..4 {
                 let (row, column) = Self::place(lane, at);
-                sum[row][column] = f32::from_bits(registers[self.c[at]][lane] as u32);
+                sum[row][column] = f32::from_bits(value(self.c[at], lane) as u32);
             }
         }
         for (a, sum) in a.iter().zip(&mut sum) {

@@ -62,7 +62,7 @@ impl Global {
 
     /// The buffer and the range in it that an access of a size touches.
     fn locate(&self, address: u64, size: usize) -> Checked<(usize, usize)> {
-        if address % size as u64 != 0 {
+        if !address.is_multiple_of(size as u64) {
             return Err(format!("global address {address:#x} is not aligned to the {size} bytes of the access"));
         }
         let at = (address >> SPAN) as usize;

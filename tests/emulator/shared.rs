@@ -39,7 +39,7 @@ impl Shared {
     }
 
     fn range(&self, address: u64, size: usize) -> Checked<std::ops::Range<usize>> {
-        if address % size as u64 != 0 {
+        if !address.is_multiple_of(size as u64) {
             return Err(format!("shared address {address} is not aligned to the {size} bytes of the access"));
         }
         let start = address as usize;

@@ -7,9 +7,6 @@ use super::block::Block;
 use super::instruction::{Address, Function, Guard, Kernel, Lanes, Operation, Register, Special, Vote, WARP};
 use super::memory::Checked;
 
-/// Instructions after which a warp counts as caught in an endless loop.
-const ENDLESS: u64 = 1 << 28;
-
 /// Lanes that stand at the same instruction.
 #[derive(Debug, Clone, Copy)]
 struct Front {
@@ -121,8 +118,8 @@ impl Warp {
                 kernel.instructions.get(at).ok_or_else(|| trap("beyond the last instruction".to_owned()))?;
             self.executed += 1;
             block.profile.executed[at] += 1;
-            if self.executed > ENDLESS {
-                return Err(trap(format!("{ENDLESS} instructions of one warp: an endless loop?")));
+            if self.executed > block.patience {
+                return Err(trap(format!("{} instructions of one warp: an endless loop?", block.patience)));
             }
             let active = mask & instruction.guard.map_or(u32::MAX, |guard| self.guarded(guard));
             let flow = if active == 0 {
@@ -221,7 +218,7 @@ impl Warp {
                 self.collective(operation, active)?;
             }
             Operation::ActiveMask(to) => {
-                self.compute(&super::integer::lanes(move |[]| u64::from(active)), to, [], active)
+                self.everywhere(to, active, u64::from(active));
             }
             Operation::Multiply(ref multiply) => {
                 self.whole(active)?;

@@ -76,6 +76,18 @@ def test_a_model_compared_with_itself_has_not_changed(model, batches):
         assert tuple(row.changes["decay"]) == (1, 1, 1)
 
 
+def test_questions_about_one_picture_can_be_grouped_afterwards(model, batches):
+    parts, whole = batches
+    grouped = attention_balance(model, **whole).grouped_by([0] * 4 + [1] * 4 + [2] * 4 + [3] * 4)
+    batchwise = balance_over(model, parts, independent="batches")
+    for row, other in zip(grouped.every, batchwise.every, strict=True):
+        assert (row.inputs, row.rows) == (other.inputs, other.rows)
+        assert row.disparity == pytest.approx(other.disparity, rel=1e-4)
+        assert row.intervals["disparity"] == pytest.approx(other.intervals["disparity"], rel=2e-2)
+    with pytest.raises(ModaValueError, match="groups has 3 entries; one for each of 16 inputs wanted"):
+        attention_balance(model, **whole).grouped_by([0, 1, 2])
+
+
 def test_no_inputs_and_unknown_words_raise(model):
     with pytest.raises(ModaValueError, match="no inputs"):
         balance_over(model, iter(()))

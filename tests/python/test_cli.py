@@ -10,10 +10,10 @@ import types
 
 import pytest
 import torch
-from PIL import Image
 
 import moda_attn
 from moda_attn import cli
+from tiny_checkpoint import make_checkpoint
 
 PROMPT = "USER: <image> which digit ASSISTANT:"
 NEVER_IMPORTED = ("torch", "transformers", "numpy", "matplotlib", "sklearn")
@@ -21,68 +21,7 @@ NEVER_IMPORTED = ("torch", "transformers", "numpy", "matplotlib", "sklearn")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A tiny random LLaVA with its processor, saved as a user's checkpoint would be."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER", "ASSISTANT", ":", "which", "digit", "is", "this", "?"]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    side = {"height": 16, "width": 16}
-    image_processor = CLIPImageProcessor(size=side, crop_size=side, do_resize=True, do_center_crop=False)
-    processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
-        image_token_id=4,
-        image_seq_length=4,
-    )
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    Image.linear_gradient("L").resize((20, 24)).save(folder / "picture.png")
-    return folder
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def looking_at(checkpoint, *more: object) -> list[str]:
@@ -174,31 +113,6 @@ def test_demo_looks_at_a_checkpoint(checkpoint, tmp_path, capsys):
         assert rows["pseudo_share"] > 0
     assert "Attention balance, unpatched model" in printed
     assert "Attention balance, patched model" in printed
-
-
-def test_balance_counts_the_image_tokens_and_writes_its_report(checkpoint, tmp_path, capsys):
-    assert cli.main(["balance", *looking_at(checkpoint, "--out", tmp_path / "report.json")]) == 0
-    report = json.loads((tmp_path / "report.json").read_text())
-    rows = {balance["rows_of"]: balance["rows"] for balance in report["modalities"]}
-    # 16 x 16 pixels in patches of 8: four visual tokens.
-    assert rows["vision"] == 4
-    assert report["patched"] is False
-    assert "vision: 4 query rows" in capsys.readouterr().out
-
-
-def test_balance_with_saved_moda_weights(checkpoint, tmp_path, capsys):
-    from moda_attn.demo.checkpoint import load_checkpoint
-
-    model, _ = load_checkpoint(str(checkpoint))
-    moda_attn.apply(model, moda_attn.ModaConfig(base=1.0))
-    moda_attn.save_pretrained(model, tmp_path / "moda")
-    assert (
-        cli.main(["balance", *looking_at(checkpoint, "--moda", tmp_path / "moda", "--out", tmp_path / "r.json")]) == 0
-    )
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["patched"] is True
-    assert all(balance["pseudo_share"] > 0.3 for balance in report["modalities"])
-    assert "patched model" in capsys.readouterr().out
 
 
 def test_a_bare_question_is_wrapped_in_llavas_own_form(checkpoint):

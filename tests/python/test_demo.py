@@ -34,6 +34,7 @@ from moda_attn.demo.evaluate import (
     text_only_ceiling,
     wilson_interval,
 )
+from moda_attn.demo.looks import page_of
 from moda_attn.demo.model import build_model
 from moda_attn.demo.picture import draw
 from moda_attn.demo.summary import summary
@@ -333,6 +334,23 @@ def test_picture_is_drawn(short_run, tmp_path):
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.size[0] > 1200
         assert len(np.unique(np.asarray(picture.convert("L")))) > 50
+
+
+def test_the_report_of_both_models_is_written(short_run, tmp_path):
+    text = page_of(short_run).write(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(text) < 500_000
+    for name in ("unpatched", "moda"):
+        balance = short_run.models[name].balance.of(0)
+        # Four questions about a scan are one input.
+        assert balance.inputs == HELD_OUT
+        assert f"{100 * balance.disparity:.2f}\N{NO-BREAK SPACE}%" in text
+    looks = short_run.looks
+    assert [set(image.heat) for image in looks.images] == [{"unpatched", "MODA"}] * 2
+    assert all(heat.shape == (4, 2, 2) for image in looks.images for heat in image.heat.values())
+    assert len(looks.answers) == 4
+    assert all(len(answer.words) == answer.balance.mass.shape[2] for answer in looks.answers)
+    assert looks.keys["unpatched"].after is None
+    assert looks.keys["MODA"].after is not None
 
 
 def test_an_answer_reaches_earlier_logits_with_context_all_and_never_with_prompt(parts, tokenizer):

@@ -84,16 +84,25 @@ class BalanceComparison:
         return write_json(self.to_dict(), path)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A row per kind of query rows and measure; see `moda_attn.analysis.frames.changes_frame`."""
+        """A row for every kind of query rows and measure; see `moda_attn.analysis.frames.changes_frame`."""
         from .frames import changes_frame
 
         return changes_frame(self)
 
-    def plot(self, **options: Any) -> Figure:
-        """The layer profiles of both, one above the other; options as in `moda_attn.analysis.plot.comparison`."""
-        from .plot import comparison
+    def plot(self, kind: str = "profile", **options: Any) -> Figure:
+        """A picture: "profile" (masses over the layers, side by side) or "measures" (each from before to after).
 
-        return comparison(self, **options)
+        ``options`` go to the function of `moda_attn.analysis.plot`.
+        """
+        from .plot import draw_comparison
+
+        return draw_comparison(self, kind, **options)
+
+    def to_html(self, path: str | Path, **options: Any) -> Path:
+        """Writes one self-contained page; ``options`` as in `moda_attn.analysis.html.ReportPage`."""
+        from .html import ReportPage
+
+        return ReportPage(self, **options).write(path)
 
     def __str__(self) -> str:
         from .table import comparison_table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..errors import ModaValueError
@@ -37,7 +38,9 @@ def balance_over(model: nn.Module, inputs: Iterable[Mapping[str, Any]], *, indep
     for batch in inputs:
         recorder = forward(model, BalanceRecorder(batch.get("labels")), dict(batch))
         layers, tallies = recorder.layers, recorder.tallies()
-        parts.append(tallies if independent == "rows" else {kind: t.as_one() for kind, t in tallies.items()})
+        if independent == "batches":
+            tallies = {kind: tally.grouped(np.zeros(len(tally.rows))) for kind, tally in tallies.items()}
+        parts.append(tallies)
     if not parts:
         raise ModaValueError("balance_over was given no inputs; an iterable of at least one batch wanted")
     return report_of(join_tallies(parts), layers, is_patched(model))

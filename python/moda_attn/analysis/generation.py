@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.record import AttentionCall, recording
 from .measure import is_patched, undisturbed
 from .report import modality_name, plain, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Arguments of `generate` by which several tokens are tried in one call.
 _SEVERAL_AT_ONCE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
@@ -74,6 +78,12 @@ class GenerationBalance:
         """The JSON of `to_dict`, also written to ``path`` when given."""
         return write_json(self.to_dict(), path)
 
+    def plot(self, words: Sequence[str] | None = None, **options: Any) -> Figure:
+        """Stacked shares token by token; ``options`` as in `moda_attn.analysis.plot.generation`."""
+        from .plot import generation
+
+        return generation(self, words, **options)
+
 
 def generation_balance(model: nn.Module, *, max_new_tokens: int, **inputs: Any) -> GenerationBalance:
     """Generate an answer, and say of each of its tokens where attention went when it was chosen.
@@ -91,7 +101,7 @@ def generation_balance(model: nn.Module, *, max_new_tokens: int, **inputs: Any) 
         ModaValueError: a way of generating in which a call of the model is not about one token: assisted decoding,
             prompt look-up, a prompt in pieces.
     """
-    settings: Any = inputs.get("generation_config") or model.generation_config
+    settings: Any = inputs.get("generation_config") or getattr(model, "generation_config", None)
     for name in _SEVERAL_AT_ONCE:
         if inputs.get(name) or getattr(settings, name, None):
             raise ModaValueError(f"{name} has the model look at several tokens in one call; generate without it")
@@ -114,7 +124,9 @@ def generation_balance(model: nn.Module, *, max_new_tokens: int, **inputs: Any) 
         over = came_from < 0
     else:
         length = mass.shape[2]
-        over = _after_the_end(output.sequences[:, -length:], inputs.get("eos_token_id", settings.eos_token_id))
+        over = _after_the_end(
+            output.sequences[:, -length:], inputs.get("eos_token_id", getattr(settings, "eos_token_id", None))
+        )
     tokens = output.sequences[:, -length:].masked_fill(over, -1)
     mass = mass.masked_fill(over[None, :, :, None].to(mass.device), torch.nan)
     return GenerationBalance(layers, tokens.cpu().numpy(), mass.double().cpu().numpy(), is_patched(model))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from ..hf.placement import copy_in_use
 from ..hf.record import AttentionCall
 from .measure import forward, is_patched
 from .report import modality_name, plain, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class KeyGap(NamedTuple):
@@ -68,6 +71,12 @@ class KeySpace:
     def to_json(self, path: str | Path | None = None) -> str:
         """The JSON of `to_dict`, also written to ``path`` when given."""
         return write_json(self.to_dict(), path)
+
+    def plot(self, **options: Any) -> Figure:
+        """Likeness and distance over the layers; ``options`` as in `moda_attn.analysis.plot.gap`."""
+        from .plot import gap
+
+        return gap(self, **options)
 
 
 def plain_gap(gap: KeyGap) -> dict[str, Any]:

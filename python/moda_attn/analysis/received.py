@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from ..hf.record import AttentionCall
 from .grid import ImageTokens, image_tokens
 from .measure import forward, is_patched, selections
 from .report import modality_name, plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,12 @@ class ReceivedAttention:
                 for (modality, answers), received in self.mass.items()
             ],
         }
+
+    def plot(self, picture: Any = None, *, row: int = 0, image: int = 0, style: str = "light", **of: Any) -> Figure:
+        """Heat maps over an image, drawn over ``picture`` where it is given; ``of`` as in `heat_map`."""
+        from .plot import image as draw
+
+        return draw(self.heat_map(row, image, **of), picture, layers=self.layers, style=style)
 
 
 def received_attention(model: nn.Module, **inputs: Any) -> ReceivedAttention:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import MODALITIES
+from ..errors import ModaValueError
 from .intervals import Interval
 from .measures import MEASURES, DecayFit
 from .tally import Tally
@@ -126,6 +128,21 @@ class BalanceReport:
                 return balance
         raise KeyError(f"no {'answer ' if answers_only else ''}query rows of {modality_name(modality)} in this report")
 
+    def grouped_by(self, groups: Sequence[Any]) -> BalanceReport:
+        """The same numbers, with intervals for which a group of inputs is one, such as all questions about a picture.
+
+        Args:
+            groups: what each input belongs to, in the order in which they were measured.
+        """
+        from .statistics import report_of
+
+        wanted = {len(row.tally.rows) for row in self.every}
+        if wanted != {len(groups)}:
+            raise ModaValueError(f"groups has {len(groups)} entries; one for each of {max(wanted)} inputs wanted")
+        names = np.asarray(groups)
+        tallies = {(row.modality, row.answers_only): row.tally.grouped(names) for row in self.every}
+        return report_of(tallies, self.layers, self.patched)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON."""
         return {
@@ -140,7 +157,7 @@ class BalanceReport:
         return write_json(self.to_dict(), path)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A row per kind of query rows, layer and head; see `moda_attn.analysis.frames.masses_frame`."""
+        """A row for every kind of query rows and layer; see `moda_attn.analysis.frames.masses_frame`."""
         from .frames import masses_frame
 
         return masses_frame(self)
@@ -153,6 +170,12 @@ class BalanceReport:
         from .plot import draw_balance
 
         return draw_balance(self, kind, **options)
+
+    def to_html(self, path: str | Path, **options: Any) -> Path:
+        """Writes one self-contained page; ``options`` as in `moda_attn.analysis.html.ReportPage`."""
+        from .html import ReportPage
+
+        return ReportPage(self, **options).write(path)
 
     def __str__(self) -> str:
         from .table import balance_table

@@ -30,7 +30,7 @@ def balance_table(report: BalanceReport) -> str:
         masses = zip(report.layers, row.self_mass, row.cross_mass, row.pseudo_mass, strict=True)
         for layer, own, cross, pseudo in masses:
             lines.append(f"  {layer:5d}  {own:6.3f}  {cross:6.3f}  {pseudo:6.3f}  {abs(own - cross):12.3f}")
-        lines += [_factors(row), _shares(row)]
+        lines += [*_factors(row), _shares(row)]
     return "\n".join(lines)
 
 
@@ -42,14 +42,18 @@ def _shares(row: RowBalance) -> str:
     return "  " + ", ".join(cells)
 
 
-def _factors(row: RowBalance) -> str:
+def _factors(row: RowBalance) -> list[str]:
     fit = row.decay_fit
-    by_fit = [_bracket((fit.low, fit.high), ".3f"), _bracket((fit.error_low, fit.error_high), ".1e")]
-    cells = [f"decay {row.decay:.3f}{by_fit[0]}", f"E_DDA {row.error:.2e}{by_fit[1]}"]
-    over = [_bracket(row.intervals[name], form) for name, form in (("decay", ".3f"), ("error", ".1e"))]
-    if any(over):
-        cells = [f"{cell} by the fit,{more} over inputs" for cell, more in zip(cells, over, strict=True)]
-    return "  " + "; ".join(cells)
+    cells = (
+        ("decay", "decay", ".3f", (fit.low, fit.high)),
+        ("E_DDA", "error", ".2e", (fit.error_low, fit.error_high)),
+    )
+    lines = []
+    for title, name, form, by_fit in cells:
+        over = _bracket(row.intervals[name], form)
+        both = f"{_bracket(by_fit, form)} by the fit,{over} over inputs" if over else _bracket(by_fit, form)
+        lines.append(f"  {title} {getattr(row, name):{form}}{both}")
+    return lines
 
 
 def comparison_table(comparison: BalanceComparison) -> str:

@@ -50,9 +50,13 @@ class Tally:
         sums = np.zeros((inputs, *self.sums.shape[1:]))
         return Tally(self.modality, np.zeros(inputs, dtype=int), sums, 0.0 * self.heads)
 
-    def as_one(self) -> Tally:
-        """All inputs taken for one, because they are no independent ones."""
-        return Tally(self.modality, self.rows.sum(keepdims=True), self.sums.sum(axis=0, keepdims=True), self.heads)
+    def grouped(self, groups: np.ndarray) -> Tally:
+        """Inputs of the same group (U,) taken for one, because they are no independent ones."""
+        names, place = np.unique(groups, return_inverse=True)
+        rows, sums = np.zeros(len(names), dtype=int), np.zeros((len(names), *self.sums.shape[1:]))
+        np.add.at(rows, place, self.rows)
+        np.add.at(sums, place, self.sums)
+        return Tally(self.modality, rows, sums, self.heads)
 
     def by_key(self) -> np.ndarray:
         """(L, M + 1): mean masses over all rows of all inputs, each row counting the same."""

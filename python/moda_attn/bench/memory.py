@@ -19,9 +19,9 @@ def peak_memory(peer: str, shape: tuple[int, ...], threads: int) -> float:
     inputs = make_inputs(shape, torch.float32, backward=True)
     small = make_inputs((1, 4, 1, 32, shape[-1]), torch.float32, backward=True)
     PEERS[peer](small).backward(small.upstream)  # libraries and threads are up
-    before = _peak()
+    before = peak()
     PEERS[peer](inputs).backward(inputs.upstream)
-    return (_peak() - before) / MIB
+    return (peak() - before) / MIB
 
 
 def results(shape: tuple[int, ...]) -> float:
@@ -34,7 +34,7 @@ def results(shape: tuple[int, ...]) -> float:
     return 4 * batch * tokens * rows / MIB
 
 
-def _peak() -> int:
+def peak() -> int:
     """Most resident bytes of this process so far. Not getrusage's: on Linux that begins at the parent's peak."""
     status = Path("/proc/self/status")
     if not status.exists():

@@ -17,6 +17,7 @@ from ..analysis import BalanceReport, attention_balance
 from . import leak
 from .data import KINDS, SPLIT_SIZES, Digits, Question, ask_all, load_digits, training_batch, training_stream
 from .evaluate import Score, generate_answers, scores_by_kind, teacher_forced, text_only_ceiling
+from .looks import Looks, look_closely, page_of
 from .model import build_model
 from .timing import alternating_step_ms
 from .tokenizer import WordTokenizer
@@ -66,6 +67,7 @@ class DemoRun:
     step_ms: dict[str, float]
     examples: list[Example]
     unknowable: dict[str, leak.UnknowableRun]
+    looks: Looks
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,7 +131,10 @@ class Experiment:
             generated=scores_by_kind(self.questions, right),
             forced=scores_by_kind(self.questions, forced.right),
             said=said,
-            balance=attention_balance(model, **training_batch(self.questions, digits, self.tokenizer)),
+            # The four questions about a scan are no independent inputs.
+            balance=attention_balance(model, **training_batch(self.questions, digits, self.tokenizer)).grouped_by(
+                [question.item for question in self.questions]
+            ),
         )
 
     def time_steps(self, unpatched: torch.nn.Module, moda: torch.nn.Module) -> dict[str, float]:
@@ -159,6 +164,7 @@ def run_demo(recipe: Recipe, leak_steps: int = leak.STEPS) -> DemoRun:
     }
     models = {name: experiment.measure(model) for name, model in trained.items()}
     step_ms = experiment.time_steps(trained["unpatched"], trained["moda"])
+    looks = look_closely({"unpatched": trained["unpatched"], "MODA": trained["moda"]}, experiment)
     # What the patch alone does to a model that was trained without it.
     moda_attn.apply(trained["unpatched"], moda_attn.ModaConfig())
     models["patched_untrained"] = experiment.measure(trained["unpatched"])
@@ -176,12 +182,13 @@ def run_demo(recipe: Recipe, leak_steps: int = leak.STEPS) -> DemoRun:
         step_ms=step_ms,
         examples=experiment.examples(models),
         unknowable=unknowable,
+        looks=looks,
         seconds=time.perf_counter() - began,
     )
 
 
 def run_and_write(out: Path, recipe: Recipe, leak_steps: int = leak.STEPS) -> DemoRun:
-    """Runs the demo and leaves ``demo.png`` and ``results.json`` in ``out``, which is made when missing."""
+    """Runs the demo and leaves ``demo.png``, ``report.html`` and ``results.json`` in ``out``, made when missing."""
     # Imported here, before minutes of training, so that a missing library is noticed at once.
     from .picture import draw
 
@@ -189,4 +196,5 @@ def run_and_write(out: Path, recipe: Recipe, leak_steps: int = leak.STEPS) -> De
     run = run_demo(recipe, leak_steps)
     (out / "results.json").write_text(json.dumps(run.to_dict(), indent=1) + "\n", encoding="utf-8")
     draw(run, out / "demo.png")
+    page_of(run).write(out / "report.html")
     return run

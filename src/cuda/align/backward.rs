@@ -260,7 +260,7 @@ impl Plan<'_> {
             dim: problem.dim as i64,
             eps: problem.eps,
         };
-        let options = [("GRAM", problem.kind == Basis::Gram), ("COMPUTED", upstream.computed)];
+        let options = [("GRAM", (problem.kind == Basis::Gram).into()), ("COMPUTED", upstream.computed.into())];
         let count = self.token_tiles();
         self.launch((Source::TokenGradients, "token_gradients"), &options, count, &params)
     }

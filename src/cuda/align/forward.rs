@@ -1,5 +1,6 @@
 //! Plan of forward: unit keys' lengths, bases, maps, aligned keys.
 
+use super::few;
 use super::outer::{Cut, Operand};
 use super::plan::{Plan, Sizes, THREADS, row_strides};
 use crate::cuda::ids::Codes;
@@ -151,11 +152,14 @@ impl Rooms {
 
 /// Bytes of workspace that [`forward`] needs.
 pub fn forward_workspace(problem: &AlignProblem) -> usize {
-    Rooms::new(problem, &Sizes::new(problem)).bytes
+    if few::suits(problem) { 0 } else { Rooms::new(problem, &Sizes::new(problem)).bytes }
 }
 
 /// Aligned keys and, where none was given, the bases. `workspace` is the address of [`forward_workspace`] bytes.
 pub fn forward(problem: &AlignProblem, outputs: &AlignOutputs, workspace: u64) -> Result<Vec<Launch>> {
+    if few::suits(problem) {
+        return few::forward(problem, outputs);
+    }
     let mut plan = Plan::new(problem, workspace);
     let sizes = plan.sizes;
     if sizes.depth == 0 || sizes.all_heads() == 0 {

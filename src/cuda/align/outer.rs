@@ -149,7 +149,7 @@ impl Plan<'_> {
             eps: self.problem.eps,
         };
         let count = cut.matrices() * sizes.modalities * tiles(self.problem, &sizes);
-        let options = [("LEFT_UNIT", left.unit), ("RIGHT_UNIT", right.unit)];
+        let options = [("LEFT_UNIT", left.unit.into()), ("RIGHT_UNIT", right.unit.into())];
         self.launch((Source::OuterSums, "outer_sums"), &options, count, &params)
     }
 

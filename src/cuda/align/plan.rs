@@ -68,7 +68,7 @@ impl<'p> Plan<'p> {
     pub(super) fn launch<P: Parameters>(
         &mut self,
         (source, entry): (Source, &'static str),
-        options: &[(&'static str, bool)],
+        options: &[(&'static str, i64)],
         count: usize,
         params: &P,
     ) -> Result<()> {
@@ -81,7 +81,7 @@ impl<'p> Plan<'p> {
             wanted: format!("a problem of fewer blocks: {entry} would need {count}, a launch has at most {}", i32::MAX),
         })?;
         let mut defines = vec![("DTYPE", dtype_code(self.problem.key.dtype)), ("HEAD_DIM", self.sizes.depth as i64)];
-        defines.extend(options.iter().map(|&(name, on)| (name, i64::from(on))));
+        defines.extend(options);
         self.launches.push(Launch {
             kernel: Kernel { source, entry, defines },
             grid: [grid.unsigned_abs(), 1, 1],

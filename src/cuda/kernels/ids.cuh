@@ -10,6 +10,13 @@ constexpr int MIXED = 254;  // so there are at most 254 modalities, 0 .. 253
 constexpr int PADDING = 255;
 constexpr int PADDED = 256;
 
+__device__ __forceinline__ int blocks_of(int tokens) { return (tokens + TOKENS - 1) / TOKENS; }
+
+// The codes of batch row b.
+__device__ __forceinline__ const u8* codes_of(const u8* codes, int b, int tokens) {
+    return codes + (i64)b * blocks_of(tokens) * TOKENS;
+}
+
 __device__ __forceinline__ int modality_of(int summary) { return summary & 255; }
 
 // The modality of two neighbouring blocks taken together.

@@ -32,9 +32,29 @@ struct outer_sums_params {
     double eps;
 };
 
+// The tokens of a block, which hold modality m among others or alone.
+struct Block {
+    const element* left;
+    const element* right;
+    const real* inverse;
+    const u8* codes;
+    i64 tokens; // fewer than TOKENS at the end of a row
+};
+
+// So many blocks are looked through at a time for those that hold the modality.
+constexpr int LISTED = 32;
+
 template <bool UNIT>
 __device__ __forceinline__ Four operand(const element* row, int column, const real* inverse, Shift shift) {
     return UNIT ? unit_four(row, column, *inverse, shift) : load_four(row + column);
+}
+
+// Four numbers of a token, zeros where it has another modality. The row is loaded without waiting for the code.
+template <bool UNIT>
+__device__ __forceinline__ Four operand_of(const Block& block, const element* rows, i64 stride, int token, int column, int m, Shift shift) {
+    if (column >= HEAD_DIM || token >= block.tokens) return zeros();
+    Four four = operand<UNIT>(rows + token * stride, column, block.inverse + token, shift);
+    return block.codes[token] == m ? four : zeros();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) outer_sums(const __grid_constant__ outer_sums_params p) {
@@ -50,25 +70,46 @@ extern "C" __global__ void __launch_bounds__(THREADS) outer_sums(const __grid_co
 
     Shift shift = {(real)p.eps, (int)p.dim};
 
+    __shared__ Block blocks[LISTED];
+    __shared__ bool holds[LISTED];
+    __shared__ int listed;
     Sums<TILE, TILE> sums;
     clear(sums);
-    for (i64 block = first; block < last; block++) {
-        i64 head = block / p.blocks, b = head / p.heads, h = head % p.heads, of_row = block % p.blocks;
-        int summary = p.summaries[b * p.blocks + of_row];
-        if (modality_of(summary) != m && modality_of(summary) != MIXED) continue;
-        const u8* codes = p.codes + (b * p.blocks + of_row) * TOKENS;
-        const real* inverse = p.inverse + head * p.tokens + of_row * TOKENS;
-        const element* left = p.left + b * p.left_strides[0] + h * p.left_strides[1] + of_row * TOKENS * p.left_strides[2];
-        const element* right = p.right + b * p.right_strides[0] + h * p.right_strides[1] + of_row * TOKENS * p.right_strides[2];
+    for (i64 start = first; start < last; start += LISTED) {
+        __syncthreads(); // the list has been used
+        i64 block = start + threadIdx.x;
+        Block candidate;
+        if (threadIdx.x < LISTED) {
+            holds[threadIdx.x] = false;
+            if (block < last) {
+                i64 head = block / p.blocks, b = head / p.heads, h = head % p.heads, token = block % p.blocks * TOKENS;
+                int modality = modality_of(p.summaries[b * p.blocks + block % p.blocks]);
+                holds[threadIdx.x] = modality == m || modality == MIXED;
+                candidate.left = p.left + b * p.left_strides[0] + h * p.left_strides[1] + token * p.left_strides[2];
+                candidate.right = p.right + b * p.right_strides[0] + h * p.right_strides[1] + token * p.right_strides[2];
+                candidate.inverse = p.inverse + head * p.tokens + token;
+                candidate.codes = p.codes + b * p.blocks * TOKENS + token;
+                candidate.tokens = p.tokens - token;
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x < LISTED) {
+            int place = 0;
+            for (int before = 0; before < threadIdx.x; before++) place += holds[before];
+            if (holds[threadIdx.x]) blocks[place] = candidate;
+            if (threadIdx.x == LISTED - 1) listed = place + holds[threadIdx.x];
+        }
+        __syncthreads();
+        if (listed == 0) continue;
         add_product<ALONG, ALONG, LEFT_UNIT ? SPLIT : EXACT, RIGHT_UNIT ? SPLIT : EXACT>(
-            sums, panels, TOKENS,
+            sums, panels, listed * TOKENS,
             [&](int token, int column) {
-                if (codes[token] != m || top + column >= HEAD_DIM) return zeros();
-                return operand<LEFT_UNIT>(left + token * p.left_strides[2], top + column, inverse + token, shift);
+                const Block& block = blocks[token / TOKENS];
+                return operand_of<LEFT_UNIT>(block, block.left, p.left_strides[2], token % TOKENS, top + column, m, shift);
             },
             [&](int token, int column) {
-                if (codes[token] != m || side + column >= HEAD_DIM) return zeros();
-                return operand<RIGHT_UNIT>(right + token * p.right_strides[2], side + column, inverse + token, shift);
+                const Block& block = blocks[token / TOKENS];
+                return operand_of<RIGHT_UNIT>(block, block.right, p.right_strides[2], token % TOKENS, side + column, m, shift);
             });
     }
     real* partial = p.partials + at * (HEAD_DIM * HEAD_DIM);

@@ -16,28 +16,62 @@ __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
 __device__ __forceinline__ int fragment_row(int t, int e) { return 16 * t + lane() / 4 + e / 2 * 8; }
 __device__ __forceinline__ int fragment_column(int n, int e) { return 8 * n + lane() % 4 * 2 + e % 2; }
 
-// Sum and maximum over the four lanes that share a row.
+// x, computed here and not ahead of a loop: what is needed now and then shall not hold registers all the time.
+__device__ __forceinline__ int here(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// Sum over the four lanes that share a row.
 __device__ __forceinline__ real row_sum(real x) {
     x += __shfl_xor_sync(EVERY, x, 1);
     return x + __shfl_xor_sync(EVERY, x, 2);
 }
 
-__device__ __forceinline__ real larger(real a, real b) { return b > a ? b : a; }
+#if DTYPE == 1
+__device__ __forceinline__ real larger(real a, real b) { return fmax(a, b); }
+#else
+__device__ __forceinline__ real larger(real a, real b) { return fmaxf(a, b); }
+#endif
 
 #if DTYPE == 0
 __device__ __forceinline__ real power2(real x) { return exp2f(x); }
-__device__ __forceinline__ real exponential(real x) { return expf(x); }
 #elif DTYPE == 1
 __device__ __forceinline__ real power2(real x) { return exp2(x); }
-__device__ __forceinline__ real exponential(real x) { return exp(x); }
 #else
 __device__ __forceinline__ real power2(real x) {
     real y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-__device__ __forceinline__ real exponential(real x) { return power2(x * 1.4426950408889634f); }
 #endif
+
+template <class Number>
+__device__ __forceinline__ Number convert(real x);
+template <>
+__device__ __forceinline__ real convert<real>(real x) { return x; }
+#if DTYPE >= 2
+template <>
+__device__ __forceinline__ element convert<element>(real x) { return narrow(x); }
+#endif
+
+// Row e / 2 of a fragment's tile of rows times a factor, into a row of HEAD_DIM numbers; zeros where the factor is 0.
+template <class Number, int N>
+__device__ __forceinline__ void store_row(Number* target, const real (&sums)[N][4], int half, real factor) {
+    struct alignas(2 * sizeof(Number)) two { Number at[2]; };
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        int column = fragment_column(n, 0);
+        if (HEAD_DIM != DIM && column >= HEAD_DIM) continue;
+        two numbers;
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+            real number = factor == 0 ? (real)0 : sums[n][2 * half + odd] * factor;
+            numbers.at[odd] = convert<Number>(number);
+        }
+        *(two*)(target + column) = numbers;
+    }
+}
 
 template <int T, int N>
 __device__ __forceinline__ void clear(real (&fragment)[T][N][4]) {
@@ -79,7 +113,7 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const u32 (&a)[4], u3
 }
 
 // Two numbers as a register of two elements, `low` first in memory.
-__device__ __forceinline__ u32 pair(float low, float high) {
+__device__ __forceinline__ u32 packed(float low, float high) {
     u32 both;
 #if DTYPE == 2
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
@@ -122,10 +156,10 @@ __device__ __forceinline__ void weighted(float (&sums)[T][DIM / 8][4], const flo
         u32 left[T][4];
 #pragma unroll
         for (int t = 0; t < T; t++) {
-            left[t][0] = pair(weights[t][n][0], weights[t][n][1]);
-            left[t][1] = pair(weights[t][n][2], weights[t][n][3]);
-            left[t][2] = pair(weights[t][n + 1][0], weights[t][n + 1][1]);
-            left[t][3] = pair(weights[t][n + 1][2], weights[t][n + 1][3]);
+            left[t][0] = packed(weights[t][n][0], weights[t][n][1]);
+            left[t][1] = packed(weights[t][n][2], weights[t][n][3]);
+            left[t][2] = packed(weights[t][n + 1][0], weights[t][n + 1][1]);
+            left[t][3] = packed(weights[t][n + 1][2], weights[t][n + 1][3]);
         }
 #pragma unroll
         for (int d = 0; d < DIM / 8; d += 2) {
@@ -144,20 +178,19 @@ __device__ __forceinline__ void weighted(float (&sums)[T][DIM / 8][4], const flo
 
 template <int T, int N>
 __device__ __forceinline__ void dots(real (&scores)[T][N][4], const element* a, const element* b) {
-    struct alignas(16) Unit { element at[UNIT]; };
 #pragma unroll 2
     for (int k = 0; k < DIM; k += UNIT) {
-        Unit left[T][2];
+        unit left[T][2];
 #pragma unroll
         for (int t = 0; t < T; t++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                left[t][half] = *(const Unit*)(a + fragment_row(t, 2 * half) * PITCH + k);
+                left[t][half] = *(const unit*)(a + fragment_row(t, 2 * half) * PITCH + k);
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int odd = 0; odd < 2; odd++) {
-                Unit right = *(const Unit*)(b + fragment_column(n, odd) * PITCH + k);
+                unit right = *(const unit*)(b + fragment_column(n, odd) * PITCH + k);
 #pragma unroll
                 for (int t = 0; t < T; t++)
 #pragma unroll
@@ -172,7 +205,6 @@ __device__ __forceinline__ void dots(real (&scores)[T][N][4], const element* a, 
 // A row's weights lie with four lanes; each is handed round to the other three.
 template <int T, int N>
 __device__ __forceinline__ void weighted(real (&sums)[T][DIM / 8][4], const real (&weights)[T][N][4], const element* b) {
-    struct alignas(2 * sizeof(element)) Pair { element at[2]; };
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll 1
@@ -188,7 +220,7 @@ __device__ __forceinline__ void weighted(real (&sums)[T][DIM / 8][4], const real
                 const element* row = b + (8 * n + 2 * owner + odd) * PITCH + lane() % 4 * 2;
 #pragma unroll
                 for (int d = 0; d < DIM / 8; d++) {
-                    Pair right = *(const Pair*)(row + 8 * d);
+                    pair right = *(const pair*)(row + 8 * d);
 #pragma unroll
                     for (int t = 0; t < T; t++)
 #pragma unroll

@@ -40,13 +40,27 @@ struct Panel {
     static constexpr int ROWS = ORDER == ACROSS ? OUTER : DEPTH;
     static constexpr int COLUMNS = ORDER == ACROSS ? DEPTH : OUTER;
 
+    // What a thread brings of a panel.
+    static constexpr int EACH = (ROWS * COLUMNS / 4 + THREADS - 1) / THREADS;
+    struct Load {
+        Four four[EACH];
+    };
+
     // fetch(row, column) gives the four numbers that begin there.
     template <class Fetch>
-    static __device__ __forceinline__ void fill(real* panel, Fetch fetch) {
-#pragma unroll 4
-        for (int at = threadIdx.x; at < ROWS * COLUMNS / 4; at += THREADS) {
-            int row = at / (COLUMNS / 4), column = at % (COLUMNS / 4) * 4;
-            *(Four*)(panel + row * PITCH + column) = fetch(row, column);
+    static __device__ __forceinline__ void fetch_into(Load& load, Fetch fetch) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int at = threadIdx.x + i * THREADS;
+            if (at < ROWS * COLUMNS / 4) load.four[i] = fetch(at / (COLUMNS / 4), at % (COLUMNS / 4) * 4);
+        }
+    }
+
+    static __device__ __forceinline__ void store(real* panel, const Load& load) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int at = threadIdx.x + i * THREADS;
+            if (at < ROWS * COLUMNS / 4) *(Four*)(panel + at / (COLUMNS / 4) * PITCH + at % (COLUMNS / 4) * 4) = load.four[i];
         }
     }
 };
@@ -206,18 +220,24 @@ __device__ __forceinline__ void clear(Sums<ROWS, COLUMNS>& sums) {
 }
 
 // sums += left right over a depth of any length: `left(row, column)` and `right(row, column)` give four neighbours in their
-// order, zeros where there are none.
+// order, zeros where there are none. The panels of the next step are fetched while those of this one are multiplied.
 template <Order LEFT, Order RIGHT, Digits LEFT_DIGITS, Digits RIGHT_DIGITS, int ROWS, int COLUMNS, class Left, class Right>
 __device__ __forceinline__ void add_product(Sums<ROWS, COLUMNS>& sums, Panels<ROWS, COLUMNS>& panels, int depth, Left left, Right right) {
+    using L = Panel<LEFT, ROWS>;
+    using R = Panel<RIGHT, COLUMNS>;
+    typename L::Load from_left;
+    typename R::Load from_right;
+    auto fetch = [&](int first) {
+        L::fetch_into(from_left, [&](int row, int column) { return LEFT == ACROSS ? left(row, first + column) : left(first + row, column); });
+        R::fetch_into(from_right, [&](int row, int column) { return RIGHT == ACROSS ? right(row, first + column) : right(first + row, column); });
+    };
+    fetch(0);
     for (int first = 0; first < depth; first += DEPTH) {
         __syncthreads(); // the panels have been read
-        Panel<LEFT, ROWS>::fill(panels.left, [&](int row, int column) {
-            return LEFT == ACROSS ? left(row, first + column) : left(first + row, column);
-        });
-        Panel<RIGHT, COLUMNS>::fill(panels.right, [&](int row, int column) {
-            return RIGHT == ACROSS ? right(row, first + column) : right(first + row, column);
-        });
+        L::store(panels.left, from_left);
+        R::store(panels.right, from_right);
         __syncthreads();
+        if (first + DEPTH < depth) fetch(first + DEPTH);
         sums.template add<LEFT, RIGHT, LEFT_DIGITS, RIGHT_DIGITS>(panels.left, panels.right);
     }
 }

@@ -1,0 +1,116 @@
+"""The numbers of a page, each with a sentence on how to read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from ..measures import FACTORS, MEASURES
+from ..table import MEASURE_NAMES
+from . import words
+
+if TYPE_CHECKING:
+    from ..compare import BalanceComparison
+    from ..intervals import Change
+    from ..report import BalanceReport, RowBalance
+
+
+def of_measures(report: BalanceReport) -> str:
+    """Every measure of every kind of query rows, with the intervals of the fit and over the inputs."""
+    bodies = []
+    for name in MEASURES:
+        lines = []
+        for row in report.every:
+            intervals = _interval(name, row.intervals[name], " over the inputs")
+            if name in FACTORS:
+                fit = row.decay_fit
+                by_fit = (fit.low, fit.high) if name == "decay" else (fit.error_low, fit.error_high)
+                intervals = _interval(name, by_fit, " by the fit") + intervals
+            lines.append(
+                _row(row.name.capitalize(), f"<td>{_strong(_value(name, getattr(row, name)))}{intervals}</td>")
+            )
+        bodies.append(_body(name, 2, lines))
+    return _table(f"{_counts(report.every)}. Below the values: 95 % intervals", ("queries of", "value"), bodies)
+
+
+def of_changes(result: BalanceComparison) -> str:
+    """Every measure before and after, and its change."""
+    bodies = []
+    for name in MEASURES:
+        lines = []
+        for row in result.rows:
+            values = (_strong(_value(name, getattr(balance, name))) for balance in (row.before, row.after))
+            cells = "".join(f"<td>{value}</td>" for value in (*values, _change(name, row.changes[name])))
+            lines.append(_row(row.name.capitalize(), cells))
+        bodies.append(_body(name, 4, lines))
+    caption = f"{_counts(result.before.every)}. Below the changes: 95 % intervals over the inputs"
+    return _table(caption, ("queries of", *result.names, "change"), bodies)
+
+
+def of_layers(row: RowBalance, layers: Sequence[int], title: str) -> str:
+    """The masses of every layer."""
+    lines = [
+        f'<tr><th scope="row">{layer}</th><td>{own:.3f}</td><td>{cross:.3f}</td><td>{pseudo:.3f}</td></tr>'
+        for layer, own, cross, pseudo in zip(layers, row.self_mass, row.cross_mass, row.pseudo_mass, strict=True)
+    ]
+    return _table(title, ("layer", "self", "cross", "pseudo"), [f"<tbody>{''.join(lines)}</tbody>"])
+
+
+def _counts(rows: Iterable[RowBalance]) -> str:
+    counts = [f"{row.name} {row.rows:,}" for row in rows]
+    inputs = max(row.inputs for row in rows)
+    return f"Query rows of {f'{inputs:,} inputs' if inputs > 1 else 'one input'}: {', '.join(counts)}"
+
+
+def _table(caption: str, titles: Sequence[str], bodies: Iterable[str]) -> str:
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    opening = f'<table class="of{len(titles)}"><caption>{escape(caption)}</caption>'
+    return f"{opening}<thead><tr>{head}</tr></thead>{''.join(bodies)}</table>"
+
+
+def _body(name: str, width: int, lines: Iterable[str]) -> str:
+    heading = f"<b>{escape(MEASURE_NAMES[name])}</b> {escape(words.OF_MEASURE[name])}"
+    return f'<tbody><tr><th class="note" scope="rowgroup" colspan="{width}">{heading}</th></tr>{"".join(lines)}</tbody>'
+
+
+def _row(title: str, cells: str) -> str:
+    return f'<tr><th scope="row">{escape(title)}</th>{cells}</tr>'
+
+
+def _strong(text: str) -> str:
+    return f'<span class="value">{text}</span>'
+
+
+def _value(name: str, value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{100 * value:.2f}\N{NO-BREAK SPACE}%" if name not in FACTORS else _factor(value)
+
+
+def _factor(value: float) -> str:
+    """Three digits, with a power of ten where the number is far from 1."""
+    if math.isnan(value) or value == 0 or 1e-3 <= value < 1e4:
+        return f"{value:.3f}" if 0.1 <= value < 10 else f"{value:.3g}"
+    digits, _, power = f"{value:.2e}".partition("e")
+    return f"{digits}·10<sup>{int(power)}</sup>".replace("-", "−")
+
+
+def _interval(name: str, interval: tuple[float, float], source: str) -> str:
+    if any(map(math.isnan, interval)):
+        return ""
+    low, high = interval
+    return f'<span class="interval">{_value(name, low)} – {_value(name, high)}{source}</span>'
+
+
+def _change(name: str, change: Change) -> str:
+    if math.isnan(change.value):
+        return "–"
+    if name in FACTORS:
+        value, low, high = (f"×\N{NO-BREAK SPACE}{_factor(part)}" for part in change)
+    else:
+        value, low, high = (f"{100 * part:+.2f}".replace("-", "−") for part in change)
+        value += " points"
+    ends = "" if math.isnan(change.low) else f'<span class="interval">{low} to {high}</span>'
+    return _strong(value) + ends

@@ -1,0 +1,56 @@
+"""Made-up balances of the usual shapes, for pictures and pages."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from moda_attn.analysis import BalanceComparison, BalanceReport, balance_of_masses, compare
+from moda_attn.analysis.html import Answer
+
+
+def report_of(
+    gamma: float = 0.9, pseudo: float = 0.1, *, layers: int = 6, heads: int = 4, inputs: int = 8, seed: int = 0
+) -> BalanceReport:
+    """Text, vision and answer rows whose cross mass decays."""
+    rng = np.random.default_rng(seed)
+    modality = np.tile([0, 1, 1, 1, 0, 0], (inputs, 1))
+    masses = []
+    for layer in range(layers):
+        spread = rng.lognormal(0, 0.1, (inputs, heads, 1)) * np.where(modality[:, None] == 1, 0.7, 1.0)
+        cross = (1 - pseudo) * np.clip(0.4 * gamma**layer * spread, 0, 0.95)
+        own = 1 - pseudo - cross
+        text, vision = np.where(modality[:, None] == 0, [own, cross], [cross, own])
+        masses.append(np.stack([text, vision, np.full_like(text, pseudo)], axis=-1))
+    answers = np.zeros(modality.shape, dtype=bool)
+    answers[:, -1] = True
+    return balance_of_masses(masses, modality, answer_rows=answers, patched=pseudo > 0)
+
+
+def comparison_of(**sizes: int) -> BalanceComparison:
+    """An unpatched model against one with pseudo-scores and less decay."""
+    before, after = report_of(0.85, 0.0, **sizes), report_of(0.97, 0.2, **sizes)
+    return compare(before, after, names=("unpatched", "MODA"))
+
+
+def answer_of(tokens: int) -> Answer:
+    """A generated answer whose look at the image fades."""
+    step = np.arange(tokens)
+    image, before = 0.5 * np.exp(-step / 12) + 0.1, 0.4 * (1 - np.exp(-step / 15))
+    mass = 0.9 * np.stack([1 - image - before, image, before, np.full(tokens, 1 / 9)], axis=-1)
+    balance = SimpleNamespace(
+        layers=(0, 1), mass=np.stack([mass, mass])[:, None], columns=("text", "vision", "generated", "pseudo")
+    )
+    return Answer(balance, [f"word{place}" for place in range(tokens)], f"An answer of {tokens} tokens")
+
+
+def keys_of(patched: bool = True, layers: int = 6, heads: int = 2) -> SimpleNamespace:
+    """The key space of a model whose alignment halves the gap."""
+    rng = np.random.default_rng(0)
+
+    def gaps(factor: float) -> SimpleNamespace:
+        values = factor * rng.uniform(0.5, 1.0, (3, layers, heads, 2, 2))
+        return SimpleNamespace(similarity=0.5 * values[0], distance=values[1], frechet=values[2])
+
+    return SimpleNamespace(layers=tuple(range(layers)), before=gaps(1.0), after=gaps(0.5) if patched else None)

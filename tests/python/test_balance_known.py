@@ -1,0 +1,126 @@
+"""Models whose attention is known: uniform, to their own modality alone, to the other alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from moda_attn.analysis import attention_balance, received_attention
+from moda_attn.analysis.grid import image_tokens
+from moda_attn.config import TEXT, VISION
+from moda_attn.errors import ModaValueError
+
+IMAGE_TOKENS, TEXT_TOKENS = 4, 6
+#: Of text rows behind the image: keys of each modality that row i sees.
+SEEN = np.array([[i + 1, IMAGE_TOKENS] for i in range(TEXT_TOKENS)])
+
+
+def model_that_looks(at: str) -> nn.Module:
+    """Every text token is one vector, every image token another, in all layers; queries find "self", "other", "all"."""
+    model = tiny.build()
+    core = model.model
+    width = core.language_model.config.hidden_size
+    axes = torch.eye(width)
+    with torch.no_grad():
+        core.language_model.embed_tokens.weight.copy_(axes[:1].expand_as(core.language_model.embed_tokens.weight))
+        core.multi_modal_projector.linear_2.weight.zero_()
+        core.multi_modal_projector.linear_2.bias.copy_(axes[1])
+        for layer in core.language_model.layers:
+            attention = layer.self_attn
+            for part in (attention.o_proj, layer.mlp.down_proj, attention.q_proj, attention.k_proj):
+                part.weight.zero_()
+            if at == "all":
+                continue
+            for projection, swapped in ((attention.q_proj, False), (attention.k_proj, at == "other")):
+                heads = projection.weight.view(-1, attention.head_dim, width)
+                for modality in (TEXT, VISION):
+                    # A score of 45, of which the softmax makes 1 and 0.
+                    heads[:, (1 - modality) if swapped else modality, modality] = 2.0
+    return model
+
+
+def expected(at: str) -> tuple[np.ndarray, np.ndarray]:
+    """(text, vision) mass of a text row and of a vision row, means over rows."""
+    text = {"all": (SEEN / SEEN.sum(1, keepdims=True)).mean(0), "self": np.array([1, 0]), "other": np.array([0, 1])}
+    return text[at], np.array([0, 1])  # the image comes first and sees no text, whatever it looks for
+
+
+@pytest.mark.parametrize("at", ["all", "self", "other"])
+def test_known_attention_gives_known_numbers(at: str):
+    model, x = model_that_looks(at), tiny.inputs("llava-llama", "I" + "T" * TEXT_TOKENS)
+    x["position_ids"] = torch.zeros_like(x["input_ids"])  # no rotation
+    report = attention_balance(model, **x)
+    for modality, masses in zip((TEXT, VISION), expected(at), strict=True):
+        rows = report.of(modality)
+        assert rows.mass == pytest.approx(np.broadcast_to([*masses, 0], (3, 4, 3)), abs=1e-5)
+        own, cross = masses[modality], masses[1 - modality]
+        assert rows.self_mass == pytest.approx([own] * 3, abs=1e-5)
+        assert rows.cross_mass == pytest.approx([cross] * 3, abs=1e-5)
+        assert rows.disparity == pytest.approx(abs(own - cross), abs=1e-5)
+        assert rows.relative_disparity == pytest.approx(abs(own - cross), abs=1e-5)
+        assert rows.pseudo_share == 0
+        if cross > 0:
+            assert rows.decay == pytest.approx(1, abs=1e-5)
+
+    received = received_attention(model, **x)
+    assert received.images[0][0].grid == (1, 2, 2)
+    on_each = expected(at)[0][1] / IMAGE_TOKENS
+    assert received.heat_map() == pytest.approx(np.full((3, 2, 2), on_each), abs=1e-5)
+    assert received.of(TEXT).sum(-1) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_the_image_receives_is_what_the_balance_says_it_gets(dtype: torch.dtype):
+    model, x = tiny.build(dtype=dtype), tiny.inputs("llava-llama", ["TTITTT", "TITT"])
+    x["pixel_values"] = x["pixel_values"].to(dtype)
+    balance, received = attention_balance(model, **x).of(TEXT), received_attention(model, **x)
+    given, rows = received.of(TEXT), [5, 3]
+    image = received.modality == VISION
+    by_row = np.stack([given[:, row, image[row]].sum(-1) for row in range(2)])
+    mean = np.average(by_row, axis=0, weights=rows)
+    # The layers of a bfloat16 model round what the next one is given, each measurement its own way.
+    assert mean == pytest.approx(balance.cross_mass, abs=1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_an_image_without_a_grid_says_so():
+    model, x = tiny.build("llava-next-llama"), tiny.inputs("llava-next-llama", "TIT")
+    received = received_attention(model, **x)
+    assert received.images[0][0].grid is None
+    with pytest.raises(ModaValueError, match="10 tokens, and how they lie is not known"):
+        received.heat_map()
+    with pytest.raises(ModaValueError, match=r"how they lie is \(1, 2, 2\)"):
+        received.heat_map(grid=(1, 2, 2))
+    assert received.heat_map(grid=(1, 2, 5)).shape == (3, 2, 5)
+    with pytest.raises(KeyError, match="answer query rows of text"):
+        received.of(TEXT, answers_only=True)
+    assert received.to_dict()["images"][0][0]["grid"] is None
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "mistral3", "gemma3", "paligemma"])
+def test_the_grid_is_read_off_inputs_or_configuration(family: str):
+    model, x = tiny.build(family), tiny.inputs(family, ["TITIT", "TTIT"])
+    received = received_attention(model, **x)
+    assert [[image.grid for image in row] for row in received.images] == [[(1, 2, 2)] * 2, [(1, 2, 2)]]
+    columns = np.concatenate([image.columns for image in received.images[0]])
+    assert np.array_equal(columns, np.flatnonzero(received.modality[0] == VISION))
+
+
+def test_grids_of_images_of_other_shapes_and_of_views():
+    modality = np.array([[0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+    grids = torch.tensor([[1, 4, 6], [2, 2, 4], [1, 2, 4]])
+    rows = image_tokens(config, {"image_grid_thw": grids}, modality)
+    assert [[image.grid for image in row] for row in rows] == [[(1, 2, 3), (2, 1, 2)], [(1, 1, 2)]]
+    assert rows[0][1].columns.tolist() == [8, 9, 10, 11]
+
+    views = SimpleNamespace(image_seq_length=4, model_type="internvl")
+    row = np.array([[1] * 8 + [0] + [1] * 6])
+    assert [image.grid for image in image_tokens(views, {}, row)[0]] == [(1, 2, 2), (1, 2, 2), None]
+    overview = SimpleNamespace(image_seq_length=4, model_type="llava_next")
+    seen = image_tokens(overview, {}, row)[0]
+    assert [(image.grid, len(image.columns)) for image in seen[2:]] == [((1, 2, 2), 4), (None, 2)]
