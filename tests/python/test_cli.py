@@ -88,6 +88,7 @@ def test_demo_trains_draws_and_writes(tmp_path, capsys):
     assert "Right answers on 497 held-out scans" in printed
     assert (tmp_path / "out" / "demo.png").stat().st_size > 50_000
     assert json.loads((tmp_path / "out" / "results.json").read_text())["recipe"]["steps"] == 2
+    assert "The demo’s two models" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("given", [["--model", "x"], ["--image", "x", "--prompt", "y"]])
