@@ -3,9 +3,9 @@
 
     python benches/gpu.py --wheel dist/moda_attn-0.1.0-cp310-abi3-manylinux_2_17_x86_64.whl --record gpu.json
 
-The machine needs Python, torch, transformers and pytest; the wheel is unpacked beside nothing else, no compiler and no
-network is used. Steps run one after the other, each in a process of its own with a limit in seconds: a step that fails or
-takes too long is recorded as such and the next one runs.
+The machine needs Python, torch, transformers and pytest, neither a compiler nor a network; the wheel is unpacked into a
+folder of its own. Steps run one after the other, each in a process with a limit in seconds: a step that fails or takes
+too long is recorded as such and the next one runs.
 
     describe    GPU, driver, versions
     parity      the tests of tests/python that are parametrised by device, on CUDA
@@ -63,7 +63,7 @@ def _environment(folder: Path, wheel: Path | None) -> dict[str, str]:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(unpacked)
         paths.insert(0, str(unpacked))
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    paths += [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),

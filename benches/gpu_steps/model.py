@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tiny
 import torch
 from torch import Tensor
 
 import moda_attn
+import tiny
 from gpu_steps import Result, run
 
 #: Largest relative difference of a loss: float32 on both sides, other orders of summation, a few steps of training.
@@ -20,7 +20,7 @@ def train(device: str, steps: int) -> tuple[list[float], list[list[int]]]:
     inputs = {name: tensor.to(device) for name, tensor in tiny.inputs("llava-llama", ["TTITTTT", "TITTTTI"]).items()}
     labels = inputs["input_ids"].clone()
     labels[:, :-3] = -100
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     losses = []
     for _ in range(steps):
         loss = model(**inputs, labels=labels).loss

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 from gpu_steps import Result, run
 
@@ -16,7 +15,7 @@ PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda
 
 def sanitize(device: str, quick: bool) -> Result:
     """Its verdicts; skipped where it is not installed or there is no GPU."""
-    small = [sys.executable, str(Path(__file__).with_name("small.py"))]
+    small = [sys.executable, "-m", "gpu_steps.small"]
     if device != "cuda":
         subprocess.run(small, check=True)
         return {"outcome": "skipped", "summary": "the kernels' small shapes ran; the sanitizer needs a GPU"}

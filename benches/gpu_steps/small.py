@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import parity
 import torch
-from parity import align_problem, attention_problem, evaluate
 
+import parity
 from moda_attn import functional
+from parity import align_problem, attention_problem, evaluate
 
 
 def small(device: str) -> None:

@@ -115,7 +115,8 @@ def align(outputs: Outputs, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     given = None if basis is None else fill(basis, 2).contiguous()
     prepared = (*rows, modality, *tables, kind, context, given, eps)
     aligned, computed = wanted if rows[0].shape == key.shape else outputs(*prepared)
-    _native.cuda_align_forward(*prepared, dim, aligned, computed if basis is None else None, _place(key))
+    arguments = [*prepared, dim, aligned, computed if basis is None else None, _place(key)]
+    _native.cuda_align_forward(*arguments)
     return _cut(aligned, wanted[0]), _cut(computed, wanted[1])
 
 
@@ -130,21 +131,24 @@ def align_backward(outputs: Outputs, inputs: tuple[Any, ...]) -> tuple[Tensor, .
     upstream = (_rows(fill(d_aligned, 1)), None if d_basis is None else fill(d_basis, 2).contiguous())
     made = wanted if rows[0].shape == key.shape else outputs(*prepared, *upstream)
     *others, given = made
-    _native.cuda_align_backward(*prepared, dim, *upstream, *others, None if computed else given, _place(key))
+    arguments = [*prepared, dim, *upstream, *others, None if computed else given, _place(key)]
+    _native.cuda_align_backward(*arguments)
     return tuple(_cut(tensor, like) for tensor, like in zip(made, wanted, strict=True))
 
 
 def sink(outputs: Callable[..., Tensor], inputs: tuple[Any, ...]) -> Tensor:
     """Kernel of ``pseudo_sink``."""
     made = outputs(*inputs)
-    _native.cuda_sink_forward(*inputs, made, _place(inputs[0]))
+    arguments = [*inputs, made, _place(inputs[0])]
+    _native.cuda_sink_forward(*arguments)
     return made
 
 
 def sink_backward(outputs: Outputs, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Kernel of ``pseudo_sink_backward``."""
     made = outputs(*inputs)
-    _native.cuda_sink_backward(*inputs, *made, _place(inputs[0]))
+    arguments = [*inputs, *made, _place(inputs[0])]
+    _native.cuda_sink_backward(*arguments)
     return made
 
 
@@ -163,7 +167,8 @@ def attention(outputs: Outputs, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     made = wanted if rows[0].shape == query.shape else outputs(*prepared)
     out, logsumexp, parts, mass = made
     optional = (parts if combine == "split" else None, None if mass_by == "none" else mass)
-    _native.cuda_attend_forward(*prepared, out, logsumexp, *optional, _place(query))
+    arguments = [*prepared, out, logsumexp, *optional, _place(query)]
+    _native.cuda_attend_forward(*arguments)
     return tuple(_cut(tensor, like) for tensor, like in zip(made, wanted, strict=True))
 
 
@@ -182,5 +187,6 @@ def attention_backward(outputs: Outputs, inputs: tuple[Any, ...]) -> tuple[Tenso
     d_query, d_key, d_value, d_sink, d_bias = made
     optional = (d_sink if needs_sink else None, d_bias if needs_bias else None)
     given = (*upstream[:3], both if split else None)
-    _native.cuda_attend_backward(*prepared, *given, d_query, d_key, d_value, *optional, _place(query))
+    arguments = [*prepared, *given, d_query, d_key, d_value, *optional, _place(query)]
+    _native.cuda_attend_backward(*arguments)
     return tuple(_cut(tensor, like) for tensor, like in zip(made, wanted, strict=True))
