@@ -82,7 +82,7 @@ fn races_between_warps() {
         "is read, which warp 0 wrote since the last barrier",
     );
     found(
-        "__shared__ u32 s[1];\n s[0] = t / 32; // HERE\n __syncthreads(); out[t] = s[0];",
+        "__shared__ u32 s[1];\n if (t % 32 == 0) s[0] = t / 32; // HERE\n __syncthreads(); out[t] = s[0];",
         TWO_WARPS,
         "is written, which warp 0 wrote since",
     );
@@ -102,6 +102,24 @@ fn races_between_warps() {
         "__shared__ u8 s[64]; __shared__ u32 sum; s[t] = t; if (t == 0) sum = 0; __syncthreads();
         atomicAdd(&sum, (u32)s[0]); out[t] = s[63 - t];",
         TWO_WARPS,
+    );
+}
+
+#[test]
+fn races_between_lanes() {
+    found(
+        "__shared__ u32 s[32]; s[t] = t;\n out[t] = s[31 - t]; // HERE",
+        WARP,
+        "is read, which lane 31 of the same warp wrote since the last __syncwarp",
+    );
+    found(
+        "__shared__ u32 s[32]; s[t] = t; __syncwarp(); out[t] = s[31 - t];\n s[t] = 0; // HERE\n __syncwarp(); both[t] = s[t ^ 1];",
+        WARP,
+        "is written, which lane 31 of the same warp read since the last __syncwarp",
+    );
+    fine(
+        "__shared__ u32 s[32]; s[t] = t; __syncwarp(); out[t] = s[31 - t]; __syncwarp(); s[t] = 0; both[t] = s[t];",
+        WARP,
     );
 }
 

@@ -5,6 +5,7 @@ use super::instruction::{Address, Operation, Register, Space, WARP};
 use super::integer::{low, sign_extended};
 use super::matrix::fragment;
 use super::memory::{Checked, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, number};
+use super::shared::Thread;
 use super::warp::{Copy, Warp, bits};
 
 /// The space and the address in it that a generic address means.
@@ -82,7 +83,7 @@ impl Warp {
 
     fn load(&mut self, block: &mut Block, lane: usize, (space, address): (Space, u64), into: &mut [u8]) -> Checked<()> {
         match space {
-            Space::Shared => block.shared.load(self.index, address, into),
+            Space::Shared => block.shared.load(self.thread(lane), address, into),
             Space::Global | Space::Generic => block.global.load(address, into),
             Space::Param => {
                 let place = address as usize..(address as usize).saturating_add(into.len());
@@ -100,7 +101,7 @@ impl Warp {
 
     fn store(&mut self, block: &mut Block, lane: usize, (space, address): (Space, u64), from: &[u8]) -> Checked<()> {
         match space {
-            Space::Shared => block.shared.store(self.index, address, from),
+            Space::Shared => block.shared.store(self.thread(lane), address, from),
             Space::Global | Space::Generic => block.global.store(address, from),
             Space::Param => Err("a parameter is written".to_owned()),
             Space::Local => {
@@ -109,6 +110,10 @@ impl Warp {
                 Ok(())
             }
         }
+    }
+
+    fn thread(&self, lane: usize) -> Thread {
+        Thread { warp: self.index, lane: lane as u8 }
     }
 
     fn local_place(&self, lane: usize, address: u64, size: usize) -> Checked<std::ops::Range<usize>> {
@@ -149,7 +154,7 @@ impl Warp {
                         block.global.load(from + at as u64, std::slice::from_mut(byte))?;
                     }
                 }
-                block.shared.take_off(self.index, to, bytes)
+                block.shared.take_off(self.thread(lane), to, bytes)
             };
             copy().map_err(|error| of_lane(lane, &error))?;
             self.copies.push(Copy { lane, group: self.groups[lane], to, bytes: copied });
@@ -165,7 +170,8 @@ impl Warp {
             let arrived = active >> copy.lane & 1 == 1
                 && keep.is_none_or(|keep| copy.group < groups[copy.lane].saturating_sub(keep));
             if arrived {
-                block.shared.land(index, copy.to, &copy.bytes);
+                let thread = Thread { warp: index, lane: copy.lane as u8 };
+                block.shared.land(thread, copy.to, &copy.bytes);
             }
             !arrived
         });
@@ -184,7 +190,7 @@ impl Warp {
         let mut row = [0; 16];
         for (lane, address) in self.addresses(address, lanes) {
             let (_, address) = resolve(Space::Shared, address);
-            block.shared.load(self.index, address, &mut row).map_err(|error| of_lane(lane, &error))?;
+            block.shared.load(self.thread(lane), address, &mut row).map_err(|error| of_lane(lane, &error))?;
             for column in 0..8 {
                 let (owner, half) = fragment(lane % 8, column, transposed);
                 let value = number(&row[2 * column..2 * column + 2]);
@@ -214,7 +220,7 @@ impl Warp {
                 row[2 * column..2 * column + 2].copy_from_slice(&(value as u16).to_le_bytes());
             }
             let (_, address) = resolve(Space::Shared, address);
-            block.shared.store(self.index, address, &row).map_err(|error| of_lane(lane, &error))?;
+            block.shared.store(self.thread(lane), address, &row).map_err(|error| of_lane(lane, &error))?;
         }
         Ok(())
     }

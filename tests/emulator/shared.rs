@@ -18,6 +18,24 @@ struct Byte {
     /// The phase in which it was last read, and by which warps.
     read_phase: u32,
     readers: u32,
+    /// Which lane of its warp wrote it last, and after how many meetings of that warp.
+    write_lane: u8,
+    write_meeting: u32,
+    /// The same of the last read.
+    read_lane: u8,
+    read_meeting: u32,
+}
+
+/// A thread of the block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Thread {
+    pub(crate) warp: u32,
+    pub(crate) lane: u8,
+}
+
+/// Lanes of one warp that touch the same byte need a `__syncwarp` between: they are not bound to run in step.
+fn lane_race(address: usize, before: &str, other: u8, now: &str) -> String {
+    format!("shared byte {address} is {now}, which lane {other} of the same warp {before} since the last __syncwarp")
 }
 
 /// Bytes shared by the warps of a block.
@@ -26,16 +44,24 @@ pub(crate) struct Shared {
     state: Vec<Byte>,
     /// Grows at every barrier of all warps.
     phase: u32,
+    /// Of every warp, how often its lanes met: at barriers and at `__syncwarp`.
+    meetings: [u32; 32],
 }
 
 impl Shared {
     pub(crate) fn new(length: usize) -> Self {
-        Self { bytes: vec![0xff; length], state: vec![Byte::default(); length], phase: 1 }
+        Self { bytes: vec![0xff; length], state: vec![Byte::default(); length], phase: 1, meetings: [1; 32] }
     }
 
     /// All warps have met: what they did before is seen by all.
     pub(crate) fn next_phase(&mut self) {
         self.phase += 1;
+        self.meetings.iter_mut().for_each(|meetings| *meetings += 1);
+    }
+
+    /// The lanes of a warp have met.
+    pub(crate) fn meet(&mut self, warp: u32) {
+        self.meetings[warp as usize] += 1;
     }
 
     fn range(&self, address: u64, size: usize) -> Checked<std::ops::Range<usize>> {
@@ -49,9 +75,9 @@ impl Shared {
         }
     }
 
-    pub(crate) fn load(&mut self, warp: u32, address: u64, into: &mut [u8]) -> Checked<()> {
+    pub(crate) fn load(&mut self, Thread { warp, lane }: Thread, address: u64, into: &mut [u8]) -> Checked<()> {
         let range = self.range(address, into.len())?;
-        let phase = self.phase;
+        let (phase, meeting) = (self.phase, self.meetings[warp as usize]);
         for (at, byte) in self.state[range.clone()].iter_mut().enumerate() {
             let at = address as usize + at;
             if byte.in_flight {
@@ -63,17 +89,21 @@ impl Shared {
             if byte.write_phase == phase && byte.writer != warp {
                 return Err(race(at, "wrote", byte.writer, "read"));
             }
+            if byte.write_phase == phase && byte.write_meeting == meeting && byte.write_lane != lane {
+                return Err(lane_race(at, "wrote", byte.write_lane, "read"));
+            }
             if byte.read_phase != phase {
                 (byte.read_phase, byte.readers) = (phase, 0);
             }
             byte.readers |= 1 << warp;
+            (byte.read_lane, byte.read_meeting) = (lane, meeting);
         }
         into.copy_from_slice(&self.bytes[range]);
         Ok(())
     }
 
-    pub(crate) fn store(&mut self, warp: u32, address: u64, from: &[u8]) -> Checked<()> {
-        let range = self.claim(warp, address, from.len())?;
+    pub(crate) fn store(&mut self, thread: Thread, address: u64, from: &[u8]) -> Checked<()> {
+        let range = self.claim(thread, address, from.len())?;
         for byte in &mut self.state[range.clone()] {
             byte.written = true;
         }
@@ -82,8 +112,8 @@ impl Shared {
     }
 
     /// A copy to these bytes begins: they are nobody's until it lands.
-    pub(crate) fn take_off(&mut self, warp: u32, address: u64, size: usize) -> Checked<()> {
-        let range = self.claim(warp, address, size)?;
+    pub(crate) fn take_off(&mut self, thread: Thread, address: u64, size: usize) -> Checked<()> {
+        let range = self.claim(thread, address, size)?;
         for byte in &mut self.state[range] {
             byte.in_flight = true;
         }
@@ -91,19 +121,28 @@ impl Shared {
     }
 
     /// The copy has landed, and the warp that issued it may read it.
-    pub(crate) fn land(&mut self, warp: u32, address: u64, from: &[u8]) {
+    pub(crate) fn land(&mut self, Thread { warp, lane }: Thread, address: u64, from: &[u8]) {
         let start = address as usize;
         let range = start..start + from.len();
         for byte in &mut self.state[range.clone()] {
-            *byte = Byte { written: true, in_flight: false, write_phase: self.phase, writer: warp, ..*byte };
+            let write_meeting = self.meetings[warp as usize];
+            *byte = Byte {
+                written: true,
+                in_flight: false,
+                write_phase: self.phase,
+                writer: warp,
+                write_lane: lane,
+                write_meeting,
+                ..*byte
+            };
         }
         self.bytes[range].copy_from_slice(from);
     }
 
     /// Checks and notes a write.
-    fn claim(&mut self, warp: u32, address: u64, size: usize) -> Checked<std::ops::Range<usize>> {
+    fn claim(&mut self, Thread { warp, lane }: Thread, address: u64, size: usize) -> Checked<std::ops::Range<usize>> {
         let range = self.range(address, size)?;
-        let phase = self.phase;
+        let (phase, meeting) = (self.phase, self.meetings[warp as usize]);
         for (at, byte) in self.state[range.clone()].iter_mut().enumerate() {
             let at = address as usize + at;
             if byte.in_flight {
@@ -116,7 +155,14 @@ impl Shared {
             if byte.read_phase == phase && others != 0 {
                 return Err(race(at, "read", others.trailing_zeros(), "written"));
             }
+            if byte.write_phase == phase && byte.write_meeting == meeting && byte.write_lane != lane {
+                return Err(lane_race(at, "wrote", byte.write_lane, "written"));
+            }
+            if byte.read_phase == phase && byte.read_meeting == meeting && byte.read_lane != lane {
+                return Err(lane_race(at, "read", byte.read_lane, "written"));
+            }
             (byte.write_phase, byte.writer) = (phase, warp);
+            (byte.write_lane, byte.write_meeting) = (lane, meeting);
         }
         Ok(range)
     }

@@ -216,6 +216,9 @@ impl Warp {
                     return Ok(Flow::Wait);
                 }
                 self.collective(operation, active)?;
+                if matches!(operation, Operation::WarpSync(_)) {
+                    block.shared.meet(self.index);
+                }
             }
             Operation::ActiveMask(to) => {
                 self.everywhere(to, active, u64::from(active));
