@@ -1,7 +1,8 @@
 //! MODA attention (`MOdular` Duplex Attention, ICML 2025, arXiv 2507.04635): duplex alignment of the keys with the
 //! other modality's Gram basis, then attention under a modular mask whose pseudo-scores take surplus mass.
 //!
-//! The crate is the numeric core, forward and backward, on the CPU. It names no Python unless the feature `python` is on.
+//! The crate is the numeric core, forward and backward, on the CPU; the feature `cuda` adds kernels and launches for
+//! GPUs. It names no Python unless the feature `python` is on.
 //! Modules in layer order; a module imports only from the ones above it:
 //!
 //! | layer | modules | what lives there |

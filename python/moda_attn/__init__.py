@@ -20,6 +20,7 @@ _ATTRIBUTES = {
     "apply": "hf",
     "attention_balance": "analysis",
     "build_info": "_native",
+    "check_cuda": "_cuda",
     "explain": "_native",
     "list_errors": "_native",
     "load_pretrained": "hf",
@@ -37,6 +38,7 @@ __all__ = [
     "apply",
     "attention_balance",
     "build_info",
+    "check_cuda",
     "explain",
     "functional",
     "list_errors",
@@ -51,6 +53,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import functional, numpy, reference
+    from ._cuda import check_cuda
     from ._native import build_info, explain, list_errors
     from .analysis import attention_balance
     from .config import ModaConfig

@@ -2,8 +2,12 @@
 
 Tensors are any CPU tensors: torch (by the C exchange API of DLPack), NumPy, or by ``__dlpack__``. What is written must
 be a fresh, contiguous tensor of exactly the right shape and dtype. The GIL is released while a kernel runs.
+
+Functions named ``cuda_`` are there where the extension was built with CUDA kernels. They take tensors of one CUDA
+device and `place`: the handle of a stream of it, and a function that allocates a tensor of so many bytes for it.
 """
 
+from collections.abc import Callable
 from typing import Any, final
 
 __all__ = [
@@ -16,6 +20,15 @@ __all__ = [
     "attend_backward",
     "attend_forward",
     "build_info",
+    "cuda_align_backward",
+    "cuda_align_forward",
+    "cuda_attend_backward",
+    "cuda_attend_forward",
+    "cuda_check",
+    "cuda_info",
+    "cuda_look_in",
+    "cuda_sink_backward",
+    "cuda_sink_forward",
     "describe",
     "explain",
     "list_errors",
@@ -24,6 +37,7 @@ __all__ = [
 ]
 
 _Tensor = Any
+_Place = tuple[int, Callable[[int], Any]]
 
 def align_forward(
     key: _Tensor,
@@ -115,6 +129,108 @@ def attend_backward(
     d_bias: _Tensor | None,
     threads: int,
 ) -> None: ...
+def cuda_align_forward(
+    key: _Tensor,
+    value: _Tensor,
+    modality: _Tensor,
+    keep: _Tensor,
+    mix: _Tensor,
+    kind: str,
+    context: _Tensor | None,
+    basis: _Tensor | None,
+    eps: float,
+    dim: int,
+    aligned: _Tensor,
+    basis_out: _Tensor | None,
+    place: _Place,
+) -> None: ...
+def cuda_align_backward(
+    key: _Tensor,
+    value: _Tensor,
+    modality: _Tensor,
+    keep: _Tensor,
+    mix: _Tensor,
+    kind: str,
+    context: _Tensor | None,
+    basis: _Tensor,
+    computed: bool,
+    eps: float,
+    dim: int,
+    d_aligned: _Tensor,
+    d_basis: _Tensor | None,
+    d_key: _Tensor,
+    d_value: _Tensor,
+    d_keep: _Tensor,
+    d_mix: _Tensor,
+    d_basis_given: _Tensor | None,
+    place: _Place,
+) -> None: ...
+def cuda_sink_forward(
+    position: _Tensor,
+    query_modality: _Tensor,
+    span: int,
+    decay: _Tensor,
+    base: _Tensor,
+    sink: _Tensor,
+    place: _Place,
+) -> None: ...
+def cuda_sink_backward(
+    position: _Tensor,
+    query_modality: _Tensor,
+    span: int,
+    decay: _Tensor,
+    base: _Tensor,
+    d_sink: _Tensor,
+    d_decay: _Tensor,
+    d_base: _Tensor,
+    place: _Place,
+) -> None: ...
+def cuda_attend_forward(
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    modality: _Tensor,
+    query_modality: _Tensor | None,
+    is_causal: bool,
+    scale: float,
+    sink: _Tensor | None,
+    bias: _Tensor | None,
+    key_range: _Tensor | None,
+    combine: str,
+    num_modalities: int | None,
+    mass_by: str,
+    out: _Tensor,
+    lse: _Tensor,
+    parts: _Tensor | None,
+    mass: _Tensor | None,
+    place: _Place,
+) -> None: ...
+def cuda_attend_backward(
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    modality: _Tensor,
+    query_modality: _Tensor | None,
+    is_causal: bool,
+    scale: float,
+    sink: _Tensor | None,
+    bias: _Tensor | None,
+    key_range: _Tensor | None,
+    combine: str,
+    d_out: _Tensor,
+    out: _Tensor,
+    lse: _Tensor,
+    parts: _Tensor | None,
+    d_query: _Tensor,
+    d_key: _Tensor,
+    d_value: _Tensor,
+    d_sink: _Tensor | None,
+    d_bias: _Tensor | None,
+    place: _Place,
+) -> None: ...
+def cuda_check(ordinal: int) -> None: ...
+def cuda_info() -> dict[str, Any]: ...
+def cuda_look_in(site_packages: list[str]) -> None: ...
 def describe(argument: str, tensor: _Tensor) -> tuple[tuple[int, ...], str, int]: ...
 def build_info() -> dict[str, Any]: ...
 def explain() -> str: ...

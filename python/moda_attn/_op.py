@@ -1,4 +1,4 @@
-"""The registered operators ``torch.ops.moda_attn.*``: schema, CPU kernel, fake kernel and autograd formula.
+"""The registered operators ``torch.ops.moda_attn.*``: schema, kernels for CPU and CUDA, fake kernel, autograd formula.
 
 Each public operator has a backward operator beside it, registered too, so that ``torch.compile`` can put both into its
 graphs. Results are allocated here, by torch, and filled in place by the extension, which reads every input where it
@@ -7,16 +7,20 @@ lies. :mod:`moda_attn.functional` is the way in: it checks what a schema cannot 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _cuda, _native
 from ._mass import MassBy, columns
 from .errors import ModaRuntimeError
 
-__all__ = ["duplex_align", "modular_attention", "pseudo_sink"]
+__all__ = ["DEVICES", "duplex_align", "modular_attention", "pseudo_sink"]
+
+#: Types of the devices that this build has kernels for.
+DEVICES = ("cpu", "cuda") if _cuda.IS_BUILT else ("cpu",)
 
 _LIBRARY = torch.library.Library("moda_attn", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -307,17 +311,27 @@ def _refuse_double_backward(ctx: Any, *_: Any) -> NoReturn:
     )
 
 
-def _register(name: str, kernel: Any, fake: Any, setup: Any = None, formula: Any = _refuse_double_backward) -> Any:
+def _on_cuda(kernel: Any, outputs: Any, *inputs: Any) -> Any:
+    return kernel(outputs, inputs)
+
+
+def _register(
+    name: str, kernel: Any, cuda: Any, fake: Any, setup: Any = None, formula: Any = _refuse_double_backward
+) -> Any:
     _LIBRARY.impl(name, kernel, "CPU")
+    if _cuda.IS_BUILT:
+        _LIBRARY.impl(name, partial(_on_cuda, cuda, fake), "CUDA")
     torch.library.register_fake(f"moda_attn::{name}", fake, lib=_LIBRARY)
     torch.library.register_autograd(f"moda_attn::{name}", formula, setup_context=setup, lib=_LIBRARY)
     return getattr(torch.ops.moda_attn, name).default
 
 
-_register("duplex_align_backward", _align_backward, _align_gradients)
-_register("pseudo_sink_backward", _sink_backward, _sink_gradients)
-_register("modular_attention_backward", _attention_backward, _attention_gradients)
+_register("duplex_align_backward", _align_backward, _cuda.align_backward, _align_gradients)
+_register("pseudo_sink_backward", _sink_backward, _cuda.sink_backward, _sink_gradients)
+_register("modular_attention_backward", _attention_backward, _cuda.attention_backward, _attention_gradients)
 
-duplex_align = _register("duplex_align", _align, _align_outputs, _align_setup, _align_formula)
-pseudo_sink = _register("pseudo_sink", _sink, _sink_outputs, _sink_setup, _sink_formula)
-modular_attention = _register("modular_attention", _attention, _attention_outputs, _attention_setup, _attention_formula)
+duplex_align = _register("duplex_align", _align, _cuda.align, _align_outputs, _align_setup, _align_formula)
+pseudo_sink = _register("pseudo_sink", _sink, _cuda.sink, _sink_outputs, _sink_setup, _sink_formula)
+modular_attention = _register(
+    "modular_attention", _attention, _cuda.attention, _attention_outputs, _attention_setup, _attention_formula
+)

@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Without --model: trains, measures and draws (some minutes). With --model, --image and --prompt:"
         " patches a LLaVA checkpoint and compares its answer and its attention balance before and after, untrained.",
     )
-    demo.add_argument("--out", type=Path, default=Path("moda-demo"), help="folder for demo.png and results.json")
+    demo.add_argument(
+        "--out", type=Path, default=Path("moda-demo"), help="folder for demo.png, report.html and results.json"
+    )
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--steps", type=_positive, default=None, help="training steps of each model")
     demo.add_argument(
@@ -129,7 +131,8 @@ def _demo_digits(options: argparse.Namespace) -> int:
     recipe = Recipe(seed=options.seed, steps=options.steps or Recipe.steps)
     run = run_and_write(options.out, recipe, options.unknowable_steps or STEPS)
     print(f"\n{summary(run)}")
-    print(f"\n{run.seconds:.0f} s; picture: {options.out / 'demo.png'}, numbers: {options.out / 'results.json'}")
+    files = {"picture": "demo.png", "attention": "report.html", "numbers": "results.json"}
+    print(f"\n{run.seconds:.0f} s; {', '.join(f'{what}: {options.out / name}' for what, name in files.items())}")
     return 0
 
 

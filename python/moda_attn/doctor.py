@@ -24,6 +24,12 @@ def examine() -> int:
     else:
         _print_nested(native.build_info(), "  ")
 
+    if hasattr(native, "cuda_info"):
+        _imported("torch")  # which brings the compiler of the kernels, and says where it is
+        _imported("moda_attn.functional")
+        print("\nCUDA")
+        _print_nested(native.cuda_info(), "  ")
+
     print("\nLibraries (all optional: each unlocks a part of the package)")
     found = {name: _imported(name) for name in LIBRARIES}
     for name, module in found.items():
@@ -38,15 +44,18 @@ def examine() -> int:
     print(f"\nThreads: {torch.get_num_threads()} (torch.get_num_threads(), which the CPU kernels follow)")
     if isinstance(native, Exception):
         return 1
-    error = self_check()
-    good = error <= TOLERANCE
-    verdict = "passed" if good else "FAILED"
-    print(f"Self-check {verdict}: relative error {error:.1e} against the reference, at most {TOLERANCE:.0e} wanted")
+    good = True
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() and hasattr(native, "cuda_info") else [])):
+        error = self_check(device)
+        good &= error <= TOLERANCE
+        verdict = "passed" if error <= TOLERANCE else "FAILED"
+        wanted = f"at most {TOLERANCE:.0e} wanted"
+        print(f"Self-check on {device} {verdict}: relative error {error:.1e} against the reference, {wanted}")
     return int(not good)
 
 
-def self_check() -> float:
-    """Relative L2 distance of aligned, masked attention in float32 from the dense float64 reference."""
+def self_check(device: str = "cpu") -> float:
+    """Relative L2 distance of aligned, masked attention in float32 on a device from the dense float64 reference."""
     import torch
 
     from . import functional, reference
@@ -65,14 +74,15 @@ def self_check() -> float:
     modality[0, -5:] = -1
     position = torch.arange(length).repeat(batch, 1)
 
-    def output(ops: ModuleType, dtype: torch.dtype) -> torch.Tensor:
-        cast = [tensor.to(dtype) for tensor in (key, value, keep, mix, decay, base)]
-        aligned, _ = ops.duplex_align(cast[0], cast[1], modality, cast[2], cast[3])
-        sink = ops.pseudo_sink(position, modality, 4096, cast[4], cast[5])
-        return ops.modular_attention(query.to(dtype), aligned, cast[1], modality, sink=sink).double()
+    def output(ops: ModuleType, device: str, dtype: torch.dtype) -> torch.Tensor:
+        q, k, v, *tables = (tensor.to(device, dtype) for tensor in (query, key, value, keep, mix, decay, base))
+        ids, places = modality.to(device), position.to(device)
+        aligned, _ = ops.duplex_align(k, v, ids, *tables[:2])
+        sink = ops.pseudo_sink(places, ids, 4096, *tables[2:])
+        return ops.modular_attention(q, aligned, v, ids, sink=sink).double().cpu()
 
-    truth = output(reference, torch.float64)
-    return float((output(functional, torch.float32) - truth).norm() / truth.norm())
+    truth = output(reference, "cpu", torch.float64)
+    return float((output(functional, device, torch.float32) - truth).norm() / truth.norm())
 
 
 def _imported(name: str) -> ModuleType | Exception:

@@ -23,7 +23,7 @@ from .errors import ModaTypeError, ModaValueError
 __all__ = ["duplex_align", "modular_attention", "pseudo_sink"]
 
 # Fake and meta tensors have shapes and no data: they reach the operators' shape functions, never a kernel.
-_DEVICES = ("cpu", "meta")
+_DEVICES = (*_op.DEVICES, "meta")
 
 
 def duplex_align(
@@ -211,7 +211,8 @@ def _check(first: tuple[str, Tensor], *, optional: bool = False, **others: Tenso
         raise _not_a_tensor(name, tensor)
     device = tensor.device
     if device.type not in _DEVICES:
-        raise ModaValueError(f"{name} is on device {device}; wanted cpu, the only device this build has kernels for")
+        known = " or ".join(_op.DEVICES)
+        raise ModaValueError(f"{name} is on device {device}; wanted {known}: this build has no kernels for others")
     for other, given in others.items():
         if optional and given is None:
             continue
@@ -228,7 +229,7 @@ def _not_a_tensor(name: str, given: object) -> ModaTypeError:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype, where autocast is on; float64 stays, as it does for torch's operators."""
     device = tensors[0].device.type
-    if device not in _DEVICES[:1] or not torch.is_autocast_enabled(device):
+    if device not in _op.DEVICES or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

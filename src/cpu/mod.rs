@@ -53,7 +53,7 @@ macro_rules! with_token {
 }
 pub(crate) use with_token;
 
-/// Calls a generic function with the products that attention on a dtype is to use: those of bfloat16 pairs where the
+/// Calls a generic function with the products that an operator on a dtype is to use: those of bfloat16 pairs where the
 /// instruction set has them and the tensors are bfloat16, else those of plain numbers.
 macro_rules! with_dot {
     ($exec:expr, bf16, $dot:ident => $body:expr) => {
@@ -118,7 +118,7 @@ macro_rules! cpu_element {
     ($($type:ident),*) => {
         $(impl CpuElement for $type {
             fn align(exec: Exec, problem: &AlignProblem<'_, Self>, outputs: &mut AlignOutputs<'_, Self>) -> Result<()> {
-                align::forward(exec, problem, outputs)
+                with_dot!(exec, $type, dot => align::forward(dot, exec.threads, problem, outputs))
             }
 
             fn align_backward(

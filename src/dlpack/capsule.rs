@@ -5,7 +5,7 @@ use super::structs::{
 };
 use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::types::IntoPyDict;
+use pyo3::types::{IntoPyDict, PyDictMethods};
 use pyo3::{ffi, intern};
 use std::ptr::NonNull;
 
@@ -52,15 +52,21 @@ impl Drop for Taken {
     }
 }
 
-/// Asks an object for its tensor; `None` where it has no `__dlpack__`.
-pub(super) fn take(object: &Bound<'_, PyAny>) -> PyResult<Option<Taken>> {
+/// For [`take`]: the producer need not order anything. What uses the tensor runs on the stream that made it.
+#[cfg(feature = "cuda")]
+pub(super) const NO_SYNC: i64 = -1;
+
+/// Asks an object for its tensor, on a stream in the protocol's encoding; `None` where it has no `__dlpack__`.
+pub(super) fn take(object: &Bound<'_, PyAny>, stream: Option<i64>) -> PyResult<Option<Taken>> {
     let py = object.py();
     let Some(export) = object.getattr_opt(intern!(py, "__dlpack__"))? else { return Ok(None) };
-    let wish = [(intern!(py, "max_version"), (VERSION.major, 0))].into_py_dict(py)?;
+    let known = stream.map(|stream| (intern!(py, "stream"), stream)).into_py_dict(py)?;
+    let wish = known.copy()?;
+    wish.set_item(intern!(py, "max_version"), (VERSION.major, 0))?;
     match export.call((), Some(&wish)) {
         Ok(capsule) => open(&capsule).map(Some),
         // A producer from before 1.0 does not know the argument.
-        Err(error) if error.is_instance_of::<PyTypeError>(py) => open(&export.call0()?).map(Some),
+        Err(error) if error.is_instance_of::<PyTypeError>(py) => open(&export.call((), Some(&known))?).map(Some),
         Err(error) => Err(error),
     }
 }

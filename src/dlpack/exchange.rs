@@ -59,7 +59,9 @@ fn table_of(kind: &Bound<'_, PyType>) -> PyResult<Option<Table>> {
 /// The table of a type, from its `__dlpack_c_exchange_api__` capsule.
 fn look_up(kind: &Bound<'_, PyType>) -> PyResult<Option<Table>> {
     let py = kind.py();
-    let Some(capsule) = kind.getattr_opt(intern!(py, "__dlpack_c_exchange_api__"))? else { return Ok(None) };
+    let offered = kind.getattr_opt(intern!(py, "__dlpack_c_exchange_api__"))?;
+    // A subclass that lies elsewhere than its parent says takes the table back by None.
+    let Some(capsule) = offered.filter(|capsule| !capsule.is_none()) else { return Ok(None) };
     // SAFETY: the GIL is held; a capsule of another name, or no capsule at all, gives null and sets an exception.
     let pointer = unsafe { ffi::PyCapsule_GetPointer(capsule.as_ptr(), c"dlpack_exchange_api".as_ptr()) };
     if pointer.is_null() {

@@ -1,7 +1,7 @@
 //! The one place where foreign memory becomes a [`RawView`]: every claim that can be checked is checked here.
 
 use super::capsule::{self, Taken};
-use super::structs::{CPU, CUDA_HOST, Device, Tensor};
+use super::structs::{CPU, CUDA, CUDA_HOST, CUDA_MANAGED, Device, Tensor};
 use super::{dtype, exchange, numpy};
 use crate::dtype::DType;
 use crate::error::Error;
@@ -58,7 +58,7 @@ impl<'a> Imported<'a> {
             return Ok(unsafe { description.check(argument) }.map(|view| Self::whole(view, &description, None))?);
         }
         refuse_other_devices(argument, object)?;
-        let Some(taken) = capsule::take(&without_gradient(object)?)? else {
+        let Some(taken) = capsule::take(&without_gradient(object)?, None)? else {
             return Err(Error::NotATensor { argument, given: object.get_type().name()?.to_string() }.into());
         };
         let tensor: *const Tensor = taken.tensor();
@@ -125,7 +125,7 @@ pub(super) struct Description {
 impl Description {
     /// # Safety
     /// Where they are not null, shape and strides must point to `ndim` numbers.
-    unsafe fn of(argument: &'static str, tensor: &Tensor, read_only: bool) -> Result<Self, Error> {
+    pub(super) unsafe fn of(argument: &'static str, tensor: &Tensor, read_only: bool) -> Result<Self, Error> {
         let rank = usize::try_from(tensor.ndim).ok().filter(|&rank| rank <= MAX_RANK);
         let rank = rank.filter(|&rank| rank == 0 || !tensor.shape.is_null());
         let Some(rank) = rank else {
@@ -155,8 +155,15 @@ impl Description {
     /// The memory must be as described, for `'a`: what can be checked without reading it is checked here.
     unsafe fn check<'a>(&self, argument: &'static str) -> Result<RawView<'a>, Error> {
         if let Some(device) = self.device.filter(|device| !is_host(*device)) {
-            return Err(not_here(argument, device));
+            return Err(not_here(argument, device, "cpu".to_owned()));
         }
+        let Claims { dtype, shape, strides } = self.claims(argument)?;
+        // SAFETY: as the caller promises; a tensor without elements is never read.
+        Ok(unsafe { RawView::new(self.data, dtype, shape, strides) })
+    }
+
+    /// What can be checked of a tensor on any device.
+    pub(super) fn claims(&self, argument: &'static str) -> Result<Claims, Error> {
         let dtype = self.dtype.clone().map_err(|given| {
             let wanted = "float16, bfloat16, float32 or float64 (an integer dtype for ids)".to_owned();
             Error::DType { argument, given, wanted }
@@ -178,9 +185,15 @@ impl Description {
             let given = format!("a tensor of shape {} without data (fake or meta)", print_shape(&shape));
             return Err(unusable(argument, &given, "a tensor with data"));
         }
-        // SAFETY: as the caller promises; a tensor without elements is never read.
-        Ok(unsafe { RawView::new(self.data, dtype, shape, strides) })
+        Ok(Claims { dtype, shape, strides })
     }
+}
+
+/// What a producer claims, as far as it can be believed without reading the data.
+pub(super) struct Claims {
+    pub(super) dtype: DType,
+    pub(super) shape: Vec<usize>,
+    pub(super) strides: Vec<isize>,
 }
 
 /// Row-major strides, which null strides stood for before `DLPack` 1.2.
@@ -192,38 +205,51 @@ fn compact_strides(shape: &[i64]) -> Vec<i64> {
     strides
 }
 
-fn unusable(argument: &'static str, given: &str, wanted: &str) -> Error {
+pub(super) fn unusable(argument: &'static str, given: &str, wanted: &str) -> Error {
     Error::Option { argument, given: given.to_owned(), wanted: wanted.to_owned() }
 }
 
-fn is_host(device: Device) -> bool {
+pub(super) fn is_host(device: Device) -> bool {
     matches!(device.device_type, CPU | CUDA_HOST)
 }
 
-fn not_here(argument: &'static str, Device { device_type, device_id }: Device) -> Error {
-    let name = match device_type {
-        2 | 13 => "cuda".to_owned(),
+/// The error for a tensor on a device other than the one that is wanted.
+pub(super) fn not_here(argument: &'static str, device: Device, wanted: String) -> Error {
+    Error::Device { argument, given: name(device), wanted }
+}
+
+fn name(device: Device) -> String {
+    let kind = match device.device_type {
+        _ if is_host(device) => return "cpu".to_owned(),
+        CUDA | CUDA_MANAGED => "cuda".to_owned(),
         4 => "opencl".to_owned(),
         7 => "vulkan".to_owned(),
         8 => "mps".to_owned(),
         10 | 11 => "rocm".to_owned(),
         14 => "xpu".to_owned(),
-        _ => format!("DLPack device type {device_type}"),
+        other => format!("DLPack device type {other}"),
     };
-    Error::Device { argument, given: format!("{name}:{device_id}"), wanted: "cpu".to_owned() }
+    format!("{kind}:{}", device.device_id)
 }
 
 /// Asks a capsule producer where its tensor lives before asking for the tensor: exporting from another device may
 /// synchronise it, or fail in words of its own.
 fn refuse_other_devices(argument: &'static str, object: &Bound<'_, PyAny>) -> Result<(), ImportError> {
-    let Some(ask) = object.getattr_opt(intern!(object.py(), "__dlpack_device__"))? else { return Ok(()) };
+    match device_of(object)? {
+        Some(device) if !is_host(device) => Err(not_here(argument, device, "cpu".to_owned()).into()),
+        _ => Ok(()),
+    }
+}
+
+/// Where a capsule producer says that its tensor lives.
+pub(super) fn device_of(object: &Bound<'_, PyAny>) -> PyResult<Option<Device>> {
+    let Some(ask) = object.getattr_opt(intern!(object.py(), "__dlpack_device__"))? else { return Ok(None) };
     let (device_type, device_id) = ask.call0()?.extract()?;
-    let device = Device { device_type, device_id };
-    if is_host(device) { Ok(()) } else { Err(not_here(argument, device).into()) }
+    Ok(Some(Device { device_type, device_id }))
 }
 
 /// A torch tensor that requires a gradient refuses to be exported; its detached twin shares the memory.
-fn without_gradient<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+pub(super) fn without_gradient<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
     let py = object.py();
     match object.getattr_opt(intern!(py, "requires_grad"))? {
         Some(wish) if wish.is_truthy()? => object.call_method0(intern!(py, "detach")),

@@ -8,9 +8,12 @@
 //! | `capsule` | `__dlpack__` capsules, old and versioned: consumed once, deleted once |
 //! | `numpy` | `NumPy` arrays, read directly through the `numpy` crate |
 //! | `foreign` | all of the above to a checked [`RawView`](crate::view::RawView) |
+//! | `device` | the same for tensors on a CUDA device, which are described and never read |
 //! | `export` | an owned buffer out as a managed tensor, old and versioned |
 
 mod capsule;
+#[cfg(feature = "cuda")]
+mod device;
 mod dtype;
 mod exchange;
 mod export;
@@ -18,6 +21,8 @@ mod foreign;
 mod numpy;
 mod structs;
 
+#[cfg(feature = "cuda")]
+pub(crate) use device::OnDevice;
 pub(crate) use export::{Owned, old_capsule, versioned_capsule};
 pub(crate) use foreign::{ImportError, Imported};
 pub(crate) use structs::{CPU, VERSION};

@@ -11,8 +11,13 @@ pub(crate) const VERSION: Version = Version { major: 1, minor: 3 };
 
 /// `kDLCPU`.
 pub(crate) const CPU: i32 = 1;
+/// `kDLCUDA`.
+pub(super) const CUDA: i32 = 2;
 /// `kDLCUDAHost`: pinned, but plain memory to the CPU.
 pub(super) const CUDA_HOST: i32 = 3;
+
+/// `kDLCUDAManaged`: memory that both sides see, at an address of a CUDA device.
+pub(super) const CUDA_MANAGED: i32 = 13;
 
 /// Name of a fresh capsule with a [`Managed`].
 pub(super) const CAPSULE: &std::ffi::CStr = c"dltensor";

@@ -43,8 +43,9 @@ impl<'a> Inputs<'a> {
         Ok(Converted { modality, sources, keep, mix })
     }
 
+    /// The problem; [`op`] checks what it holds.
     fn problem<'s, T: Element>(&'s self, converted: &'s Converted<'s, T::Acc>) -> Result<AlignProblem<'s, T>> {
-        AlignProblem {
+        Ok(AlignProblem {
             key: self.key.typed("key", "(B, Hkv, Nk, D)")?,
             value: self.value.typed("value", "(B, Hkv, Nk, D)")?,
             modality: &converted.modality,
@@ -54,8 +55,7 @@ impl<'a> Inputs<'a> {
             basis: self.basis.map(|basis| basis.typed("basis", "(B, Hkv, M, D, D)")).transpose()?,
             kind: self.kind,
             eps: T::Acc::from_f64(self.eps),
-        }
-        .validated()
+        })
     }
 }
 

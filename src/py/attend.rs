@@ -82,10 +82,11 @@ impl Inputs<'_> {
         Ok(Tokens { keys, queries, ranges })
     }
 
+    /// The problem; [`op`] checks what it holds.
     fn problem<'s, T: Element>(&'s self, tokens: &'s Tokens) -> Result<AttendProblem<'s, T>> {
         let query = self.query::<T>()?;
         let dim = query.shape()[3].max(1) as f64;
-        AttendProblem {
+        Ok(AttendProblem {
             query,
             key: self.key::<T>()?,
             value: self.value.typed("value", "(B, Hkv, Nk, D)")?,
@@ -98,8 +99,7 @@ impl Inputs<'_> {
             scale: T::Acc::from_f64(self.scale.unwrap_or_else(|| dim.sqrt().recip())),
             combine: self.combine,
             num_modalities: self.num_modalities,
-        }
-        .validated()
+        })
     }
 }
 

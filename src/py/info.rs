@@ -36,7 +36,7 @@ pub(super) fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("features", features())?;
     info.set_item("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS))?;
     info.set_item("optimised", !cfg!(debug_assertions))?;
-    info.set_item("devices", ["cpu"])?;
+    info.set_item("devices", devices())?;
     info.set_item("isa", isa)?;
     info.set_item("isa_reason", reason)?;
     info.set_item("isa_available", available())?;
@@ -44,8 +44,13 @@ pub(super) fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(info)
 }
 
+/// The types of devices that this build has kernels for; whether they are there is another question.
+fn devices() -> &'static [&'static str] {
+    if cfg!(feature = "cuda") { &["cpu", "cuda"] } else { &["cpu"] }
+}
+
 fn features() -> Vec<&'static str> {
-    let known = [("python", cfg!(feature = "python"))];
+    let known = [("python", cfg!(feature = "python")), ("cuda", cfg!(feature = "cuda"))];
     known.into_iter().filter_map(|(name, on)| on.then_some(name)).collect()
 }
 
@@ -59,14 +64,17 @@ pub(super) fn explain() -> String {
         Ok(choice) => format!("{}: {}", choice.isa.name(), choice.reason),
         Err(error) => format!("none, every call raises: {error}"),
     };
-    [
+    #[cfg_attr(not(feature = "cuda"), expect(unused_mut, reason = "only CUDA adds lines"))]
+    let mut lines = vec![
         format!("moda-attn {} on {}-{}", env!("CARGO_PKG_VERSION"), std::env::consts::ARCH, std::env::consts::OS),
         format!("instruction set   {kernels}"),
-        "device            cpu, the only one this build has kernels for".to_owned(),
+        format!("kernels for       {}", devices().join(", ")),
         format!("arithmetic        float64 for float64 tensors, float32 for the others{products}"),
         format!("threads           torch.get_num_threads() a call, at most useful: {} processors", processors()),
-    ]
-    .join("\n")
+    ];
+    #[cfg(feature = "cuda")]
+    lines.extend(super::cuda::describe().into_iter().map(|(name, found)| format!("{name:<17} {found}")));
+    lines.join("\n")
 }
 
 /// Floating point operations a second of a register loop of the products that attention on a dtype is made of, run for

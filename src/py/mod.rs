@@ -6,6 +6,8 @@ mod align;
 mod arguments;
 mod attend;
 mod call;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod info;
 mod sink;
@@ -21,6 +23,12 @@ mod _native {
     use super::align::{align_backward, align_forward};
     #[pymodule_export]
     use super::attend::{attend_backward, attend_forward};
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use super::cuda::{
+        cuda_align_backward, cuda_align_forward, cuda_attend_backward, cuda_attend_forward, cuda_check, cuda_info,
+        cuda_look_in, cuda_sink_backward, cuda_sink_forward,
+    };
     #[pymodule_export]
     use super::info::{_product_rate, build_info, explain, list_errors};
     #[pymodule_export]

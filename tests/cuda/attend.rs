@@ -1,7 +1,8 @@
 //! Attention, forward and backward: every kernel against the specification.
 
 use crate::common::{
-    AttendBuffers, AttendCase, AttendGradientBuffers, AttendOptions, BiasTable, Layout, Padding, Ranges, Rng, Storage,
+    AttendBuffers, AttendCase, AttendGradientBuffers, AttendOptions, BiasTable, Layout, Padding, Ranges, Rng, Sinks,
+    Storage,
 };
 use crate::device::{ids, input, output, record, values};
 use crate::emulator::{Gpu, Plain};
@@ -187,7 +188,7 @@ fn float64_matches_the_specification() {
 #[test]
 fn bfloat16_matches_the_specification() {
     check::<bf16>(0, usual());
-    many::<bf16>(0..30, 4);
+    many::<bf16>(0..24, 4);
 }
 
 #[test]
@@ -213,6 +214,47 @@ fn few_queries_match_the_specification() {
     }
 }
 
+/// A query that is not finite spoils its own row, NaN even where one key's product would be infinite; no bit of another changes.
+#[test]
+fn a_query_that_is_not_finite_spoils_its_row_alone() {
+    let options = AttendOptions { padding: Padding::None, layout: Layout::Last, sinks: Sinks::Extreme, ..usual() };
+    for bad in [f32::NAN, f32::INFINITY] {
+        for queries in [70, 3] {
+            let sound = AttendCase::<bf16>::new(&mut Rng::new(7), AttendOptions { queries, ..options });
+            let mut case = sound.clone();
+            let row = queries + 1;
+            case.query.set_flat(row * options.dim + 5, bf16::from_f32(bad));
+            let (_, before) = Device::new(&sound).forward();
+            let (_, after) = Device::new(&case).forward();
+            let (before, after) = (before.out.values(), after.out.values());
+            for (at, (before, after)) in before.iter().zip(&after).enumerate() {
+                assert!(if at / options.dim == row { after.is_nan() } else { before.to_bits() == after.to_bits() });
+            }
+        }
+    }
+}
+
+#[test]
+fn empty_problems_give_zeros() {
+    for (queries, keys, batch) in [(5, 0, 1), (0, 5, 1), (0, 0, 1), (5, 5, 0), (70, 0, 2)] {
+        check::<bf16>(0, AttendOptions { queries, keys, batch, padding: Padding::None, ..usual() });
+        check::<f32>(0, AttendOptions { queries, keys, batch, padding: Padding::None, ..usual() });
+    }
+}
+
+/// A negative factor turns the order of the scores round, one of 0 makes them all the same.
+#[test]
+fn any_scale_matches_the_specification() {
+    for scale in [-0.3, 0.0] {
+        let mut case = AttendCase::<bf16>::new(&mut Rng::new(3), usual());
+        case.scale = scale;
+        let mut device = Device::new(&case);
+        let (outputs, buffers) = device.forward();
+        case.check_forward(&buffers);
+        case.check_backward(&device.backward(&outputs));
+    }
+}
+
 /// Windows and packed sequences over several blocks of queries and keys.
 #[test]
 fn key_ranges_match_the_specification() {
@@ -226,11 +268,11 @@ fn key_ranges_match_the_specification() {
 /// Head dimensions with their own tiles: those that fill no step of 16, and those whose sums fill the registers.
 #[test]
 fn head_dimensions_match_the_specification() {
-    for (seed, dim) in [16, 72, 96, 128, 200, 256].into_iter().enumerate() {
+    for (seed, dim) in [16, 72, 128, 256].into_iter().enumerate() {
         let combine = if seed % 2 == 0 { Combine::Joint } else { Combine::Split };
         let options = AttendOptions { dim, combine, batch: 1, queries: 67, keys: 67, ..usual() };
         check::<bf16>(seed as u64, options);
-        if dim > 100 {
+        if dim == 256 {
             check::<f32>(seed as u64, AttendOptions { heads: 1, queries: 20, ..options });
             check::<f64>(seed as u64, AttendOptions { heads: 1, queries: 20, ..options });
         }
@@ -241,21 +283,19 @@ fn head_dimensions_match_the_specification() {
 #[test]
 fn uniform_tiles_match_the_specification() {
     for (seed, bias) in [BiasTable::Absent, BiasTable::Shared, BiasTable::Forbidding].into_iter().enumerate() {
-        for combine in [Combine::Joint, Combine::Split] {
-            for mass in [MassBy::Relation, MassBy::Modality] {
-                let options = AttendOptions {
-                    layout: Layout::Last,
-                    padding: Padding::None,
-                    queries: 256,
-                    keys: 256,
-                    batch: 1,
-                    bias,
-                    combine,
-                    mass,
-                    ..usual()
-                };
-                check::<bf16>(seed as u64, options);
-            }
+        for (combine, mass) in [(Combine::Joint, MassBy::Relation), (Combine::Split, MassBy::Modality)] {
+            let options = AttendOptions {
+                layout: Layout::Last,
+                padding: Padding::None,
+                queries: 256,
+                keys: 256,
+                batch: 1,
+                bias,
+                combine,
+                mass,
+                ..usual()
+            };
+            check::<bf16>(seed as u64, options);
         }
     }
 }

@@ -104,7 +104,7 @@ unsafe extern "C" fn cuMemHostAlloc(memory: *mut *mut c_void, bytes: usize, flag
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemHostGetDevicePointer_v2(device: *mut u64, host: *mut c_void, _: c_uint) -> c_int {
     unsafe { *device = host as u64 };
-    note("cuMemHostGetDevicePointer_v2", "", needs_context())
+    note("cuMemHostGetDevicePointer_v2", &format!("{host:p}"), needs_context())
 }
 
 fn needs_context() -> c_int {
@@ -171,4 +171,78 @@ unsafe extern "C" fn cuLaunchKernel(
 unsafe extern "C" fn cuGetErrorString(_: c_int, text: *mut *const c_char) -> c_int {
     unsafe { *text = c"as the test wanted".as_ptr() };
     0
+}
+
+// The run-time compiler, of which the driver's tests want one thing: that it refuses every text.
+
+const REFUSAL: &CStr = c"no text pleases this compiler";
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn nvrtcVersion(major: *mut c_int, minor: *mut c_int) -> c_int {
+    unsafe { (*major, *minor) = (13, 0) };
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn nvrtcGetNumSupportedArchs(count: *mut c_int) -> c_int {
+    unsafe { *count = 1 };
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn nvrtcGetSupportedArchs(list: *mut c_int) -> c_int {
+    unsafe { *list = 80 };
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvrtcCreateProgram() -> c_int {
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvrtcCompileProgram() -> c_int {
+    6
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvrtcDestroyProgram() -> c_int {
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvrtcGetErrorString(_: c_int) -> *const c_char {
+    c"NVRTC_ERROR_COMPILATION".as_ptr()
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn nvrtcGetProgramLogSize(_: *mut c_void, size: *mut usize) -> c_int {
+    unsafe { *size = REFUSAL.to_bytes_with_nul().len() };
+    0
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn nvrtcGetProgramLog(_: *mut c_void, log: *mut c_char) -> c_int {
+    unsafe { ptr::copy_nonoverlapping(REFUSAL.as_ptr(), log, REFUSAL.to_bytes_with_nul().len()) };
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvrtcGetCUBINSize() -> c_int {
+    1
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvrtcGetCUBIN() -> c_int {
+    1
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvrtcGetPTXSize() -> c_int {
+    1
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvrtcGetPTX() -> c_int {
+    1
 }

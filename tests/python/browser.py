@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,10 +60,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         self.send("Page.navigate", url=page.resolve().as_uri())
-        began = time.monotonic()
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            if time.monotonic() - began > PATIENCE:
-                raise TimeoutError(f"{page} did not load in {PATIENCE:.0f} s")
             self.events.append(self._receive())
 
     def evaluate(self, script: str) -> Any:
@@ -101,6 +98,8 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            if not select.select([self._read], [], [], PATIENCE)[0]:
+                raise TimeoutError(f"the browser said nothing for {PATIENCE:.0f} s")
             part = os.read(self._read, 1 << 20)
             if not part:
                 raise RuntimeError("the browser closed its pipe")
@@ -122,10 +121,10 @@ def running(program: str, profile: Path) -> Iterator[Browser]:
         os.dup2(high[0], 3)
         os.dup2(high[1], 4)
 
-    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
     # No sandbox: it does not start in a container as root, and the page is our own.
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage"]
     process = subprocess.Popen(
-        [program, *arguments, f"--user-data-dir={profile}"],
+        [program, *arguments, "--remote-debugging-pipe", f"--user-data-dir={profile}"],
         preexec_fn=give_pipes,
         close_fds=False,
         stdout=subprocess.DEVNULL,

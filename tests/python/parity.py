@@ -18,6 +18,8 @@ from moda_attn import functional as F
 from moda_attn import reference
 from tolerance import Verdict, relative_l2, verdict
 
+#: Where the operators are tried; the truth is always the CPU's.
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IMAGES = ("first", "middle", "last", "interleaved", "absent")
 PADDINGS = ("none", "left", "right", "row")
@@ -64,6 +66,17 @@ class Case:
     @property
     def queries(self) -> int:
         return self.length if self.rows is None else self.rows
+
+
+#: Few problems that together use every option: what every implementation is held to.
+STAPLES = (
+    Case(length=111, heads=4, kv_heads=2, dim=40, modalities=3, padding="left", sink="extreme", bias="forbidding"),
+    Case(length=63, batch=2, dim=33, modalities=4, padding="right", combine="split", image="interleaved", kind="gram"),
+    Case(length=257, dim=8, is_causal=False, rows=3, sink="shared", bias="shared", context="prompt", given_basis=True),
+    Case(length=300, dim=24, modalities=3, ranges="window", padding="left"),
+    Case(length=300, dim=24, is_causal=False, combine="split", ranges="any", rows=140),
+    Case(length=1, dim=160, layouts=("strided", "columns", "broadcast")),
+)
 
 
 def modality_of(case: Case) -> Tensor:
@@ -221,6 +234,14 @@ def promote(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def moved(value: Any, device: str) -> Any:
+    """A tensor with the same strides on another device; anything else as it is."""
+    if device == "cpu" or not isinstance(value, Tensor):
+        return value
+    storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(device)
+    return storage.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
 def upstream_of(outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
     """A gradient for each differentiable output, in its dtype; the same numbers at every call."""
     random = torch.Generator().manual_seed(11)
@@ -233,9 +254,16 @@ def upstream_of(outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
 
 
 def evaluate(
-    operator: Callable[..., Any], arguments: dict[str, Any], upstream: list[Tensor | None] | None = None, **options: Any
+    operator: Callable[..., Any],
+    arguments: dict[str, Any],
+    upstream: list[Tensor | None] | None = None,
+    *,
+    device: str = "cpu",
+    **options: Any,
 ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-    """Outputs (by number) and gradients (by ``d_`` and the argument's name), and the upstream gradients used."""
+    """Outputs (by number) and gradients (by ``d_`` and the argument's name) of an evaluation on a device, and the
+    upstream gradients used; all of them on the CPU."""
+    arguments = {name: moved(value, device) for name, value in arguments.items()}
     leaves = {
         name: value.detach().requires_grad_()
         for name, value in arguments.items()
@@ -245,12 +273,16 @@ def evaluate(
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if upstream is None:
         upstream = upstream_of(outputs)
-    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if g is not None and o.requires_grad]
+    pairs = [
+        (o, moved(g, device).to(o.dtype))
+        for o, g in zip(outputs, upstream, strict=True)
+        if g is not None and o.requires_grad
+    ]
     gradients = torch.autograd.grad(
         [o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs], materialize_grads=True
     )
-    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    return results | {f"d_{name}": g for name, g in zip(leaves, gradients, strict=True)}, upstream
+    results = {f"output {i}": output.detach().cpu() for i, output in enumerate(outputs)}
+    return results | {f"d_{name}": g.cpu() for name, g in zip(leaves, gradients, strict=True)}, upstream
 
 
 @dataclass(frozen=True)
@@ -273,10 +305,12 @@ class Comparison:
         return tuple(relative_l2(tensor, self.truth, self.scale) for tensor in (self.got, self.eager))
 
 
-def compare(name: str, arguments: dict[str, Any], dtype: torch.dtype, **options: Any) -> list[Comparison]:
-    """One operator on one problem: every output and gradient, with what it is to be compared with."""
+def compare(
+    name: str, arguments: dict[str, Any], dtype: torch.dtype, *, device: str = "cpu", **options: Any
+) -> list[Comparison]:
+    """One operator on one problem on a device: every output and gradient, with what it is to be compared with."""
     with poisoned_memory():
-        got, upstream = evaluate(getattr(F, name), arguments, **options)
+        got, upstream = evaluate(getattr(F, name), arguments, device=device, **options)
     dense = getattr(reference, name)
     wide = promote(arguments)
     truth, _ = evaluate(dense, wide, upstream, **options)
@@ -299,7 +333,8 @@ def check(
 ) -> None:
     """Assert the bounds for every result; beside eager torch too where that says something about one problem alone.
 
-    By default that is in half precision. Float32 problems must be large for it, or many: see `pooled_verdict`.
+    By default that is in half precision. Float32 problems must be large for it, or many: see `pooled_verdict`. Options
+    are the operator's, but for `device`.
     """
     beside_eager = dtype.itemsize == 2 if beside_eager is None else beside_eager
     verdicts = [one.verdict(beside_eager=beside_eager) for one in compare(name, arguments, dtype, **options)]

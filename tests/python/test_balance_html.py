@@ -7,6 +7,7 @@ from collections import Counter
 from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,10 +45,13 @@ PAGES = {
     "one model": lambda: ReportPage(report_of(), keys={"unpatched": keys_of(patched=False)}),
     "one input": lambda: ReportPage(comparison_of(inputs=1)),
 }
+EXAMPLE = Path(__file__).parents[2] / "docs" / "example" / "report.html"
 
 
-@pytest.fixture(scope="module", params=PAGES)
+@pytest.fixture(scope="module", params=[*PAGES, "docs/example"])
 def page(request, tmp_path_factory):
+    if request.param not in PAGES:
+        return EXAMPLE
     return PAGES[request.param]().write(tmp_path_factory.mktemp("report") / "made" / "report.html")
 
 
@@ -156,6 +160,7 @@ def test_verdicts_claim_no_more_than_the_intervals():
 
 
 def test_a_page_is_small():
+    assert EXAMPLE.stat().st_size < 500_000
     assert len(full_page().html()) < 1_000_000
     assert len(ReportPage(comparison_of()).html()) < 400_000
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import moda_attn
 import tiny
-from moda_attn.analysis import attention_balance, received_attention
+from moda_attn.analysis import attention_balance, generation_balance, key_space, received_attention
 from moda_attn.analysis.grid import image_tokens
 from moda_attn.config import TEXT, VISION
 from moda_attn.errors import ModaValueError
@@ -124,3 +127,36 @@ def test_grids_of_images_of_other_shapes_and_of_views():
     overview = SimpleNamespace(image_seq_length=4, model_type="llava_next")
     seen = image_tokens(overview, {}, row)[0]
     assert [(image.grid, len(image.columns)) for image in seen[2:]] == [((1, 2, 2), 4), (None, 2)]
+
+
+@pytest.mark.parametrize("measure", [attention_balance, received_attention, key_space])
+def test_measuring_inside_inference_mode_and_between_steps_of_a_generation(measure: Callable):
+    """Qwen's model remembers the offset of its last prompt's positions, which the caller's next token needs."""
+    model = tiny.build("qwen2-vl")
+    with torch.inference_mode():
+        model(**tiny.inputs("qwen2-vl", "TTITT"))
+        offset = model.model.rope_deltas
+        measure(model, **tiny.inputs("qwen2-vl", "TIITTTT"))
+    assert offset is not None
+    assert model.model.rope_deltas is offset
+
+
+def test_a_model_in_the_hands_of_peft():
+    peft = pytest.importorskip("peft", reason="adapters need peft, which is not installed")
+    model, x = tiny.build(), tiny.inputs("llava-llama", ["TTITTT", "TIT"])
+    moda_attn.apply(model)
+    tiny.randomise(model)
+    balance, received, space, answer = measurements(model, x)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["moda"]))
+    found = measurements(wrapped, x)
+    assert found[0].patched
+    assert found[0].of(TEXT).mass == pytest.approx(balance.of(TEXT).mass, abs=1e-6)
+    assert found[1].of(TEXT) == pytest.approx(received.of(TEXT), abs=1e-6)
+    assert found[2].after.distance == pytest.approx(space.after.distance, abs=1e-6)
+    assert (found[2].after.distance != found[2].before.distance)[..., 0, 1].all()
+    assert found[3].mass == pytest.approx(answer.mass, abs=1e-5)
+
+
+def measurements(model: nn.Module, x: dict[str, torch.Tensor]) -> tuple[Any, ...]:
+    answer = generation_balance(model, **x, max_new_tokens=3, do_sample=False)
+    return attention_balance(model, **x), received_attention(model, **x), key_space(model, **x), answer

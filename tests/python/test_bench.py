@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import moda_attn
 from moda_attn.bench import cases, figures, gate, main, record, report
 
 ROOT = Path(__file__).parents[2]
@@ -132,3 +136,19 @@ def test_a_memory_figure_is_taken_in_a_process_of_its_own():
     dense = 4 * 2 * 512 * 512 / (1 << 20)
     assert dense < used < 100 * dense
     assert torch.get_num_threads() >= 1
+
+
+def test_what_of_the_gpu_session_needs_no_gpu_runs(tmp_path: Path):
+    written = tmp_path / "record.json"
+    options = ["--device", "cpu", "--quick", "--record", str(written), "--only", "describe", "race", "parity"]
+    paths = os.pathsep.join([str(Path(moda_attn.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, str(ROOT / "benches" / "gpu.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads(written.read_text(encoding="utf-8"))["steps"]
+    assert {name: step["outcome"] for name, step in steps.items()} == dict.fromkeys(options[-3:], "passed")
+    for row in steps["race"]["rows"]:
+        assert row["times_ms"]["moda_attn"] > 0
+        assert not row["missing"]
+    assert "TFLOP/s" in done.stdout.splitlines()[-1]

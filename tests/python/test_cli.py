@@ -49,7 +49,7 @@ def test_doctor_names_versions_threads_and_passes_its_check(capsys):
     assert f"moda-attn {moda_attn.__version__}" in printed
     assert re.search(rf"torch +{re.escape(torch.__version__)}", printed)
     assert f"Threads: {torch.get_num_threads()}" in printed
-    assert "Self-check passed" in printed
+    assert "Self-check on cpu passed" in printed
 
 
 def test_doctor_fails_when_the_kernels_disagree_with_the_reference(capsys, monkeypatch):
@@ -58,7 +58,7 @@ def test_doctor_fails_when_the_kernels_disagree_with_the_reference(capsys, monke
     right = functional.modular_attention
     monkeypatch.setattr(functional, "modular_attention", lambda *args, **options: right(*args, **options) * 1.001)
     assert cli.main(["doctor"]) == 1
-    assert "Self-check FAILED" in capsys.readouterr().out
+    assert "Self-check on cpu FAILED" in capsys.readouterr().out
 
 
 def test_doctor_reports_a_library_that_cannot_be_imported(capsys, monkeypatch):
@@ -88,6 +88,7 @@ def test_demo_trains_draws_and_writes(tmp_path, capsys):
     assert "Right answers on 497 held-out scans" in printed
     assert (tmp_path / "out" / "demo.png").stat().st_size > 50_000
     assert json.loads((tmp_path / "out" / "results.json").read_text())["recipe"]["steps"] == 2
+    assert "The demo’s two models" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("given", [["--model", "x"], ["--image", "x", "--prompt", "y"]])

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fake_gpu
 import moda_attn
 from moda_attn import _native, errors
 from moda_attn import functional as F
@@ -282,8 +284,8 @@ def test_a_device_without_a_kernel():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        query = torch.empty(1, 1, 2, 4, device="cuda")
-    with pytest.raises(errors.ModaValueError, match="query is on device cuda:0; wanted cpu"):
+        query = torch.empty(1, 1, 2, 4, device="xpu")
+    with pytest.raises(errors.ModaValueError, match="query is on device xpu:0; wanted cpu"):
         F.modular_attention(query, query, query, query)
 
 
@@ -367,7 +369,7 @@ for call in (lambda: N.modular_attention(q, q, q, ids), lambda: N.duplex_align(q
     try:
         call()
     except errors.ModaError as error:
-        print(error.variant, error)
+        print(error.variant, type(error).__name__, error)
 print(moda_attn.explain())
 """
 
@@ -375,7 +377,9 @@ print(moda_attn.explain())
 def test_an_instruction_set_that_cannot_be_had():
     done = run_with_isa("sse9", ASK)
     first, *rest = done.stdout.splitlines()
-    assert first.startswith('InstructionSet MODA_ATTN_ISA asks for "sse9"; this machine and build offer scalar'), done
+    assert first.startswith(
+        'InstructionSet ModaRuntimeError MODA_ATTN_ISA asks for "sse9"; this machine and build offer scalar'
+    ), done
     assert any("every call raises" in line for line in rest)
 
 
@@ -399,6 +403,12 @@ class OnCuda:
         raise AssertionError("the device comes first")
 
 
+def driver_missing() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA driver")
+    _native.cuda_check(0)
+
+
 # One way to raise every error; test_every_error_has_a_case keeps it complete.
 CASES: dict[str, Callable[[], Any]] = {
     "Shape": lambda: attention(query=zeros(1)),
@@ -407,7 +417,10 @@ CASES: dict[str, Callable[[], Any]] = {
     "DType": lambda: attention(query=zeros(B, HQ, NQ, D).int()),
     "Device": lambda: _native.describe("query", OnCuda()),
     "NotATensor": numpy_list,
-    "InstructionSet": lambda: None,
+    "DriverMissing": driver_missing,
+    # From here on each is printed by a process with an environment of its own.
+    "InstructionSet": lambda: run_with_isa("sse9", ASK).stdout,
+    **{variant: partial(fake_gpu.fail, variant) for variant in fake_gpu.FAILURES},
     "Allocation": lambda: _native._allocate_for_test(2**60),
     "Panic": lambda: _native._panic_for_test("a test"),
 }
@@ -422,10 +435,11 @@ def test_every_error_is_raised_as_the_class_it_is_listed_with(error: dict[str, s
     kind = getattr(errors, error["exception"])
     assert issubclass(kind, errors.ModaError)
     assert error["message"]
-    if error["name"] == "InstructionSet":
-        assert run_with_isa("sse9", ASK).stdout.startswith("InstructionSet")
+    case = CASES[error["name"]]
+    if error["name"] in ("InstructionSet", *fake_gpu.FAILURES):
+        assert case().startswith(f"{error['name']} {error['exception']} ")
         return
     with pytest.raises(kind) as caught:
-        CASES[error["name"]]()
+        case()
     assert type(caught.value) is kind
     assert caught.value.variant == error["name"]

@@ -109,6 +109,12 @@ def test_the_balance_is_logged_at_every_step_of_a_distributed_training(results: 
     assert logs[-1]["balance/text/disparity"] != logs[0]["balance/text/disparity"]
 
 
+def test_the_balance_of_a_sharded_model(results: dict[str, Any]):
+    x = two_ranks.share(two_ranks.BATCHES["images"][0], 0, (1, 1))
+    whole = moda_attn.attention_balance(two_ranks.build(), **x)
+    assert results["fsdp/balance"] == pytest.approx(whole.of(0).disparity, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [

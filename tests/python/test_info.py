@@ -22,7 +22,7 @@ def test_build_info():
     assert info["version"] == moda_attn.__version__
     assert info["compiler"].startswith("rustc 1.")
     assert "python" in info["features"]
-    assert info["devices"] == ["cpu"]
+    assert info["devices"] == (["cpu", "cuda"] if "cuda" in info["features"] else ["cpu"])
     assert info["isa"] in info["isa_available"]
     assert info["isa_available"][0] == "scalar"
     assert 1 <= info["processors"] <= (os.cpu_count() or 1)

@@ -20,22 +20,14 @@ torch.set_num_threads(1)
 
 import moda_attn
 import parity
-from parity import Case, align_problem, attention_problem, check
+from parity import align_problem, attention_problem, check
 
-cases = [
-    Case(length=111, heads=4, kv_heads=2, dim=40, modalities=3, padding="left", sink="extreme", bias="forbidding"),
-    Case(length=63, batch=2, dim=33, modalities=4, padding="right", combine="split", image="interleaved", kind="gram"),
-    Case(length=257, dim=8, is_causal=False, rows=3, sink="shared", bias="shared", context="prompt", given_basis=True),
-    Case(length=300, dim=24, modalities=3, ranges="window", padding="left"),
-    Case(length=300, dim=24, is_causal=False, combine="split", ranges="any", rows=140),
-    Case(length=1, dim=160, layouts=("strided", "columns", "broadcast")),
-]
 for dtype in parity.DTYPES:
-    for case in cases:
+    for case in parity.STAPLES:
         mass = "modality" if case.ranges == "window" else True
         check("modular_attention", attention_problem(case, dtype), dtype, return_mass=mass)
         check("duplex_align", align_problem(case, dtype), dtype)
-print(moda_attn.build_info()["isa"], len(cases) * len(parity.DTYPES))
+print(moda_attn.build_info()["isa"], len(parity.STAPLES) * len(parity.DTYPES))
 """
 
 ASK = """

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moda_attn import functional as F
 from moda_attn import reference
 from parity import IDS, IMAGES, PADDINGS, Case, evaluate, modality_of, poisoned_memory, promote
-from test_parity import LENGTHS, SETTINGS
+from test_parity_drawn import LENGTHS, SETTINGS
 from tolerance import verdict
 
 #: What the decays are drawn around: off, the series and both sides of the closed form, its start, growth.

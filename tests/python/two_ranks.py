@@ -196,6 +196,7 @@ def fsdp_cases(rank: int, folder: Path) -> dict[str, Callable[[], Any]]:
         "fsdp/bfloat16": lambda: train(shard(build(dtype=low), own_parts=True), x_low, lr=LOW_RATE),
         "fsdp/mixed precision": lambda: train(shard(build(), policy=policy), x, lr=LOW_RATE),
         "fsdp/saved": saved,
+        "fsdp/balance": lambda: moda_attn.attention_balance(shard(build()), **x).of(0).disparity,
         "fsdp/applied late": applied_late,
         "fsdp/removed": lambda: moda_attn.remove(shard(build())),
     }

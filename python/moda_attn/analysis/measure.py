@@ -128,7 +128,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     deltas = [(module, module.rope_deltas) for module in model.modules() if "rope_deltas" in vars(module)]
     model.eval()
     try:
-        with torch.no_grad():
+        # Not the caller's inference mode: what a token receives is found by a backward pass.
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module, training in modes:

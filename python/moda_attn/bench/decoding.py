@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from .. import functional, reference
+from . import flash
 from .peers import EPS, make_inputs
 
 
@@ -55,9 +56,9 @@ class Step:
 
 
 @torch.no_grad()
-def make_step(shape: tuple[int, ...], dtype: torch.dtype) -> Step:
+def make_step(shape: tuple[int, ...], dtype: torch.dtype, *, device: str = "cpu") -> Step:
     """A random step; the shape is B, Hq, Hkv, N, D with N the keys in the cache, the new one included."""
-    x = make_inputs(shape, torch.float32, backward=False)
+    x = make_inputs(shape, torch.float32, backward=False, device=device)
     aligned, basis = functional.duplex_align(x.key, x.value, x.modality, x.keep, x.mix)
     last = slice(shape[3] - 1, None)
     step = Step(
@@ -99,8 +100,7 @@ def sdpa(x: Step) -> Tensor:
 def sdpa_moda(x: Step) -> Tensor:
     """Eager alignment of the new key, then flash attention with a sink."""
     x.key[:, :, x.new] = _eager_align(x)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    plain, logsumexp = flash(x.query, x.key, x.value, 0.0, False)
+    plain, logsumexp, _ = flash.forward(x.query, x.key, x.value, causal=False)
     return plain * (logsumexp - torch.logaddexp(logsumexp, x.sink)).exp().unsqueeze(-1).to(plain.dtype)
 
 

@@ -16,20 +16,20 @@ TOLERANCES = {"float64": (1e-12, 1e-11), "float32": (2e-6, 1e-5), "bfloat16": (1
 ROWS = 128
 
 
-def gate(race: Race) -> dict[str, float]:
+def gate(race: Race, device: str = "cpu") -> dict[str, float]:
     """Relative L2 errors of a race in its dtype, length, head dimension and grouping, at one key head; raises where
     one exceeds its tolerance."""
     _, query_heads, key_heads, tokens, dim = race.shape
     shape = (1, query_heads // key_heads, 1, tokens, dim)
     dtype = getattr(torch, race.dtype)
     if race.decode:
-        step = decoding.make_step(shape, dtype)
+        step = decoding.make_step(shape, dtype, device=device)
         with torch.no_grad():
             errors = {"output": _error(decoding.moda_attn(step), decoding.dense(step.to(torch.float64)))}
     elif race.backward:
-        errors = _gradients(peers.make_inputs(shape, dtype, backward=True))
+        errors = _gradients(peers.make_inputs(shape, dtype, backward=True, device=device))
     else:
-        errors = _last_rows(peers.make_inputs(shape, dtype, backward=False))
+        errors = _last_rows(peers.make_inputs(shape, dtype, backward=False, device=device))
     for name, error in errors.items():
         allowed = TOLERANCES[race.dtype][name != "output"]
         if not error <= allowed:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from .. import functional, reference
+from . import flash
 
 EPS = 1e-6
 
@@ -58,15 +59,15 @@ class Inputs:
         return Inputs(query, key, value, self.modality, keep, mix, sink, bias, self.upstream.to(dtype))
 
 
-def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, *, backward: bool) -> Inputs:
-    """Random inputs of shape B, Hq, Hkv, N, D; nine sixteenths of the tokens are the image."""
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, *, backward: bool, device: str = "cpu") -> Inputs:
+    """Random inputs of shape B, Hq, Hkv, N, D, everywhere the same; nine sixteenths of the tokens are the image."""
     batch, query_heads, key_heads, tokens, dim = shape
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int, spread: float = 1.0) -> Tensor:
-        return torch.randn(*size, generator=generator).mul_(spread)
+        return torch.randn(*size, generator=generator).mul_(spread).to(device)
 
-    modality = torch.zeros(batch, tokens, dtype=torch.int32)
+    modality = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
     first = tokens // 32
     modality[:, first : first + 9 * tokens // 16] = 1
     inputs = Inputs(
@@ -74,7 +75,7 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, *, backward: bool) -
         key=normal(batch, key_heads, tokens, dim),
         value=normal(batch, key_heads, tokens, dim),
         modality=modality,
-        keep=torch.eye(dim).repeat(2, 1, 1) + normal(2, dim, dim, spread=0.02),
+        keep=torch.eye(dim, device=device).repeat(2, 1, 1) + normal(2, dim, dim, spread=0.02),
         mix=normal(2, dim, dim, spread=0.05),
         sink=normal(batch, query_heads, tokens),
         bias=normal(1, query_heads, 2, 2, spread=0.1),
@@ -115,7 +116,8 @@ def eager_moda(x: Inputs) -> Tensor:
     ids = x.modality[0].long()
     scores = scores + x.bias[:, :, ids[:, None], ids[None, :]]
     tokens = scores.shape[-1]
-    scores = scores.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), float("-inf"))
+    later = torch.ones(tokens, tokens, dtype=torch.bool, device=scores.device).triu(1)
+    scores = scores.masked_fill(later, float("-inf"))
     weights = torch.cat([scores, x.sink.unsqueeze(-1)], dim=-1).softmax(dim=-1)[..., :-1]
     return weights.to(value.dtype) @ value
 
@@ -140,12 +142,11 @@ def _eager_align(x: Inputs) -> Tensor:
 
 
 class _FlashWithSink(torch.autograd.Function):
-    """PyTorch's own flash kernel for the CPU, its output rescaled to the softmax with one more logit in a row."""
+    """PyTorch's own flash kernel, its output rescaled to the softmax with one more logit in a row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sink: Tensor) -> Tensor:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        plain, logsumexp = flash(query, key, value, 0.0, True)
+        plain, logsumexp, ctx.own = flash.forward(query, key, value, causal=True)
         total = torch.logaddexp(logsumexp, sink)
         out = plain * (logsumexp - total).exp().unsqueeze(-1).to(plain.dtype)
         ctx.save_for_backward(query, key, value, out, total, sink)
@@ -153,8 +154,8 @@ class _FlashWithSink(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, ...]:
-        query, key, value, out, total, sink = ctx.saved_tensors
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        gradients = flash(upstream[0], query, key, value, out, total, 0.0, True)
+        *saved, sink = ctx.saved_tensors
+        out, total = saved[3:]
+        gradients = flash.backward(upstream[0], tuple(saved), ctx.own, causal=True)
         delta = (upstream[0].float() * out.float()).sum(-1)
         return (*gradients, -(sink - total).exp() * delta)

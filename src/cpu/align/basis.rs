@@ -4,6 +4,7 @@
 
 use super::TOKENS;
 use crate::cpu::buffer::Buffer;
+use crate::cpu::dot::Dot;
 use crate::cpu::kernel::gemm::{Left, Right, Size, Target, gemm};
 use crate::cpu::kernel::pack;
 use crate::cpu::simd::{Simd, Task};
@@ -156,6 +157,45 @@ pub(super) unsafe fn unit_keys<S: Simd>(
                 s.store(at, s.mul(s.load(at), factor));
             }
         }
+    }
+}
+
+/// 1 / ||k + eps|| of every row of a tile.
+///
+/// # Safety
+/// `tile` must hold a row for every entry of `inverse`.
+#[inline(always)]
+pub(super) unsafe fn inverse_norms<S: Simd>(
+    s: S,
+    sizes: &Sizes,
+    eps: S::Real,
+    tile: *const S::Real,
+    inverse: &mut [S::Real],
+) {
+    let shift = s.splat(eps);
+    for (row, inverse) in inverse.iter_mut().enumerate() {
+        let mut squares = s.zero();
+        for v in 0..sizes.vectors {
+            // SAFETY: a register of a row of the tile.
+            let key = unsafe { s.load(tile.add(row * sizes.stride + v * S::LANES)) };
+            let shifted = s.first(sizes.depth - v * S::LANES, s.add(key, shift), s.zero());
+            squares = s.mul_add(shifted, shifted, squares);
+        }
+        *inverse = S::Real::ONE / s.sum(squares).sqrt();
+    }
+}
+
+/// Square tiles, in place, become right operands.
+#[inline(always)]
+pub(super) fn operands<D: Dot>(d: D, sizes: &Sizes, tiles: &mut [D::Real]) {
+    if D::DEPTH == 1 {
+        return;
+    }
+    for tile in tiles.chunks_exact_mut(sizes.square()) {
+        let tile = tile.as_mut_ptr();
+        // SAFETY: D rows of whole registers; a unit has the size of a number and is written after its numbers were read, no
+        // further on.
+        unsafe { pack::right(d, tile, sizes.stride, [sizes.depth, sizes.vectors], tile.cast()) };
     }
 }
 

@@ -5,6 +5,7 @@ mod basis;
 mod few;
 mod forward;
 
+use super::dot::Dot;
 use super::{CpuReal, Exec, with_token};
 use crate::dtype::Element;
 use crate::error::Result;
@@ -13,16 +14,17 @@ use crate::problem::{AlignGradients, AlignOutputs, AlignProblem, AlignUpstream};
 /// Tokens that are packed and multiplied at a time.
 const TOKENS: usize = 128;
 
-pub(super) fn forward<T: Element<Acc: CpuReal>>(
-    exec: Exec,
+pub(super) fn forward<D: Dot<Real = T::Acc>, T: Element<Acc: CpuReal>>(
+    d: D,
+    threads: usize,
     problem: &AlignProblem<'_, T>,
     outputs: &mut AlignOutputs<'_, T>,
 ) -> Result<()> {
-    with_token!(exec, T::Acc, s => if few::suits(s, problem) {
-        few::run(s, exec.threads, problem, outputs)
+    if few::suits(d.simd(), problem) {
+        few::run(d.simd(), threads, problem, outputs)
     } else {
-        forward::run(s, exec.threads, problem, outputs)
-    })
+        forward::run(d, threads, problem, outputs)
+    }
 }
 
 pub(super) fn backward<T: Element<Acc: CpuReal>>(

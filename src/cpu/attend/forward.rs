@@ -2,15 +2,15 @@
 
 use super::decode;
 use super::finish::Finish;
-use super::mask::{Block, Content, Part, Tables};
+use super::mask::{Block, Content, Part, Row, Tables};
 use super::mass::{Masses, Scored};
 use super::plan::{KEYS, ROWS, RowBlock, Sizes, row_blocks};
-use super::rows::{RowInfo, Tile, infos, key_blocks, tiles};
+use super::rows::{RowInfo, Tile, common, holds, infos, key_blocks, tiles};
 use crate::cpu::buffer::Buffer;
 use crate::cpu::dot::Dot;
 use crate::cpu::kernel::gemm::{Left, Right, Size, Target};
 use crate::cpu::kernel::pack;
-use crate::cpu::kernel::softmax::{Running, Span, clear_left, follow, settle, split_sum};
+use crate::cpu::kernel::softmax::{Added, Running, Span, clear_left, follow, settle, split_sum};
 use crate::cpu::simd::{Simd, Task};
 use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
@@ -38,17 +38,20 @@ where
     if decode::suits(&sizes, mass) {
         return decode::run(d.simd(), threads, problem, outputs, sizes);
     }
-    // A task is a share of one key head's row blocks: whole heads where there are enough of them, so that keys are
-    // packed once. Rows are independent, so the shares may depend on the threads.
-    let shares = if threads == 1 { 1 } else { (4 * threads).div_ceil(units).min(blocks.len()) };
-    let tasks = units * shares;
+    // A task is a key head, so that keys are packed once, or a share of the row blocks of one of the last heads, so that
+    // the threads end together. Rows are independent, so the shares may depend on the threads.
+    let cut = if threads == 1 { 0 } else { threads.min(units) };
+    let shares = (4 * threads).div_ceil(cut.max(1)).min(blocks.len());
+    let whole = units - cut;
+    let tasks = whole + cut * shares;
     let outputs = &*outputs;
     let worker = |_| Worker::new(d, problem, sizes, mass);
     let mut workers = (0..threads.min(tasks)).map(worker).collect::<Result<Vec<_>>>()?;
     parallel::run(&mut workers, tasks, |worker, task| {
-        let (unit, share) = (task / shares, task % shares);
+        let of_last = task.checked_sub(whole).map(|task| (whole + task / shares, task % shares, shares));
+        let (unit, share, step) = of_last.unwrap_or((task, 0, 1));
         let head = [unit / sizes.kv_heads, unit % sizes.kv_heads];
-        d.enter(Share { worker, head, blocks: &blocks[share..], step: shares, outputs });
+        d.enter(Share { worker, head, blocks: &blocks[share..], step, outputs });
     });
     Ok(())
 }
@@ -95,6 +98,8 @@ struct Worker<'a, D: Dot, T: Element<Acc = D::Real>> {
     result: Buffer<D::Real>,
     tables: Tables<D::Real>,
     infos: Vec<RowInfo>,
+    /// The keys that all of them see.
+    common: Range<usize>,
     running: Vec<Running<D::Real>>,
     masses: Masses<D::Real>,
     /// A row's probabilities for a block of keys before they were rounded to an operand, for its mass.
@@ -121,6 +126,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             result: Buffer::new((sizes.parts - 1) * rows * sizes.stride, "a block of outputs")?,
             tables: Tables::new(&sizes)?,
             infos: Vec::with_capacity(rows),
+            common: 0..0,
             running: Vec::with_capacity(rows),
             masses: Masses::new(rows, if mass == Some(MassBy::Modality) { sizes.modalities } else { 0 })?,
             numbers: Buffer::new(if D::DEPTH > 1 { KEYS } else { 0 }, "a row of probabilities")?,
@@ -148,11 +154,8 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             unsafe {
                 let staging = self.staging.as_mut_ptr();
                 pack::rows(self.d.simd(), &key, [b, h], ids, staging, stride);
-                for row in 0..ids.len() {
-                    pack::left(self.d, staging.add(row * stride), vectors);
-                }
-                let panels = self.key_panels.as_mut_ptr().add(first * units).cast();
-                pack::transpose(self.d, staging.cast_const().cast(), stride, [ids.len(), units], panels);
+                let panels = self.key_panels.as_mut_ptr().add(first * units);
+                pack::panels(self.d, staging, stride, [ids.len(), vectors, units], panels);
                 pack::rows(self.d.simd(), &value, [b, h], ids, staging, stride);
                 let values = self.values.as_mut_ptr().add(first / D::DEPTH * stride).cast();
                 pack::right(self.d, staging, stride, [ids.len(), vectors], values);
@@ -185,6 +188,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         let (problem, s) = (self.problem, self.d.simd());
         self.infos.clear();
         self.infos.extend(infos(problem, &self.sizes, block, [b, h]));
+        self.common = common(&self.infos);
         for (row, info) in self.infos.iter().enumerate() {
             // SAFETY: the buffer holds every row of a block.
             unsafe {
@@ -218,11 +222,15 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         let keys = Block { batch: b, ids, content: self.contents[index], part };
         self.tables.clear();
         self.masses.block(ids);
-        let tiles: Vec<Tile> = tiles(self.d.simd(), &self.infos, &range).collect();
+        let whole = holds(&self.common, &range);
+        let tiles: Vec<Tile> = tiles(self.d.simd(), &self.infos, &range, whole).collect();
         for Tile { rows, keys: near } in tiles {
             self.scores(&range, rows.clone(), &near);
+            // Rows of one head and modality follow each other.
+            let mut last: Option<(Row, Added<D::Real>)> = None;
             for row in rows.clone() {
-                let seen = self.infos[row].sees(&range);
+                let info = self.infos[row];
+                let seen = info.sees(&range);
                 if seen.is_empty() {
                     // SAFETY: the row's scores hold a whole block of keys.
                     unsafe {
@@ -230,7 +238,13 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
                         clear_left(self.d, scores, 0, near.len());
                     }
                 } else {
-                    self.row(keys, &range, row, [&seen, &near]);
+                    let added = match last {
+                        Some((of, added)) if of == info.row => added,
+                        // SAFETY: tables are of a whole block of keys.
+                        _ => unsafe { self.tables.added(self.problem, keys, info.row).after(near.start) },
+                    };
+                    last = Some((info.row, added));
+                    self.row((keys, added), &range, row, [&seen, &near]);
                 }
             }
             let size = Size { rows: rows.len(), vectors, depth: near.len().div_ceil(D::DEPTH) };
@@ -264,17 +278,21 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
 
     /// The softmax of one row over the keys `seen` of a block; the others of the keys `near` get probability 0.
     #[inline(always)]
-    fn row(&mut self, keys: Block<'_>, range: &Range<usize>, row: usize, [seen, near]: [&Range<usize>; 2]) {
+    fn row(
+        &mut self,
+        (keys, added): (Block<'_>, Added<D::Real>),
+        range: &Range<usize>,
+        row: usize,
+        [seen, near]: [&Range<usize>; 2],
+    ) {
         let Sizes { stride, score_stride, vectors, .. } = self.sizes;
-        let info = self.infos[row];
         // SAFETY: a row of the block, from the first key it reaches on.
         let scores = unsafe { self.scores.as_mut_ptr().add(row * score_stride + near.start) };
         let numbers = (D::DEPTH > 1 && self.mass.is_some()).then(|| self.numbers.as_mut_ptr());
         let span = Span {
             scores,
             factor: self.problem.scale * D::Real::LOG2_E,
-            // SAFETY: tables are of a whole block of keys.
-            added: unsafe { self.tables.added(self.problem, keys, info.row).after(near.start) },
+            added,
             numbers,
             first: seen.start - near.start,
             visible: seen.end - near.start,
@@ -282,17 +300,24 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         };
         let Running { seen: seen_before, top: before, .. } = self.running[row];
         // SAFETY: scores and tables of a whole block of keys.
-        let standing = seen_before.then(|| unsafe { follow(self.d, span, &mut self.running[row]) }).flatten();
-        let total = standing.unwrap_or_else(|| {
-            if seen_before {
+        // No closures here: one of this size would be compiled as a function without the instructions.
+        let mut standing = None;
+        if seen_before {
+            // SAFETY: scores and tables of a whole block of keys.
+            standing = unsafe { follow(self.d, span, &mut self.running[row]) };
+            if standing.is_none() {
                 self.scores(range, row..row + 1, near);
             }
+        }
+        let total = if let Some(total) = standing {
+            total
+        } else {
             // SAFETY: as above, and the row's sums.
             unsafe {
                 let sums = self.sums.as_mut_ptr().add(row * stride);
                 settle(self.d, span, &mut self.running[row], (sums, vectors))
             }
-        });
+        };
         if let Some(by) = self.mass {
             let scored = Scored {
                 tops: [before, self.running[row].top],

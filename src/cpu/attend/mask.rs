@@ -148,7 +148,7 @@ pub(super) struct Block<'a> {
 }
 
 /// What a row's table depends on.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Row {
     pub(super) head: usize,
     pub(super) head_in_group: usize,

@@ -53,6 +53,17 @@ pub(super) fn infos<T: Element>(
     })
 }
 
+/// The keys that every row sees.
+pub(super) fn common(infos: &[RowInfo]) -> Range<usize> {
+    let first = infos.iter().map(|info| info.first).max().unwrap_or(0);
+    first..infos.iter().map(|info| info.visible).min().unwrap_or(0)
+}
+
+/// Whether all of some keys are among others.
+pub(super) fn holds(all: &Range<usize>, keys: &Range<usize>) -> bool {
+    all.start <= keys.start && keys.end <= all.end
+}
+
 /// A run of rows and the keys of the block that any of them sees, from a whole panel on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Tile {
@@ -60,14 +71,14 @@ pub(super) struct Tile {
     pub(super) keys: Range<usize>,
 }
 
-/// All rows in one tile where every row sees the whole key block; else, on the diagonal and at the ends of windows, tiles
-/// of the register block's height, each over only the keys that its rows see.
-pub(super) fn tiles<S: Simd>(_: S, infos: &[RowInfo], keys: &Range<usize>) -> impl Iterator<Item = Tile> {
-    let whole = infos.iter().all(|info| info.sees(keys) == (0..keys.len()));
+/// All rows in one tile where every row sees the whole key block, as `whole` says; else, on the diagonal and at the ends of
+/// windows, tiles of the register block's height, each over only the keys that its rows see.
+pub(super) fn tiles<S: Simd>(_: S, infos: &[RowInfo], keys: &Range<usize>, whole: bool) -> impl Iterator<Item = Tile> {
     let step = if whole { infos.len().max(1) } else { S::TALL };
     (0..infos.len()).step_by(step).map(move |first| {
         let rows = first..(first + step).min(infos.len());
-        Tile { keys: seen(&infos[rows.clone()], keys, 2 * S::LANES), rows }
+        let keys = if whole { 0..keys.len() } else { seen(&infos[rows.clone()], keys, 2 * S::LANES) };
+        Tile { rows, keys }
     })
 }
 
@@ -92,6 +103,14 @@ mod tests {
         assert_eq!(row(130, 140).sees(&(128..256)), 2..12);
         assert_eq!(row(130, 140).sees(&(0..128)), 0..0);
         assert_eq!(row(0, 0).sees(&(0..128)), 0..0);
+    }
+
+    #[test]
+    fn what_all_rows_see_is_what_no_row_lacks() {
+        let rows = [row(0, 300), row(10, 200)];
+        assert_eq!(common(&rows), 10..200);
+        assert!(holds(&common(&rows), &(10..200)) && !holds(&common(&rows), &(9..128)));
+        assert!(!holds(&common(&[row(0, 300), row(0, 0)]), &(0..128)));
     }
 
     #[test]

@@ -145,26 +145,52 @@ pub(crate) unsafe fn right<D: Dot>(
 /// # Safety
 /// `source` must be readable for `count` rows of `depth` units, `target` writable for all panels.
 #[inline(always)]
-pub(crate) unsafe fn transpose<D: Dot>(
-    _: D,
+unsafe fn transpose<D: Dot>(
+    d: D,
     source: *const D::Unit,
     row_stride: usize,
     [count, depth]: [usize; 2],
     target: *mut D::Unit,
 ) {
-    let width = 2 * D::Simd::LANES;
-    for panel in 0..count.div_ceil(width) {
-        for lane in 0..width {
-            let n = panel * width + lane;
-            // SAFETY: unit (n, p) of the source exists where n < count; the target has every lane of every panel.
+    let (s, lanes) = (d.simd(), D::Simd::LANES);
+    let width = 2 * lanes;
+    for first in (0..count.next_multiple_of(width)).step_by(lanes) {
+        let column = first / width * width * depth + first % width;
+        for p in (0..depth).step_by(lanes) {
+            let mut square = [s.zero(); 16];
+            // SAFETY: rows below `count`, in whole registers; units below `depth` of existing panels. A unit has the size of
+            // a number, and a transpose only moves it.
             unsafe {
-                let target = target.add(panel * width * depth + lane);
-                for p in 0..depth {
-                    *target.add(p * width) =
-                        if n < count { *source.add(n * row_stride + p) } else { D::Unit::default() };
+                for (row, units) in square.iter_mut().enumerate().take(lanes.min(count.saturating_sub(first))) {
+                    *units = s.load(source.add((first + row) * row_stride + p).cast());
+                }
+                s.transpose(&mut square[..lanes]);
+                for (unit, &rows) in square.iter().enumerate().take(lanes.min(depth - p)) {
+                    s.store(target.add(column + (p + unit) * width).cast(), rows);
                 }
             }
         }
+    }
+}
+
+/// A tile of `count` rows, which becomes a left operand in place, transposed in panels: a right operand of `units` rows.
+///
+/// # Safety
+/// `tile` must hold `count` rows of `row_stride`, a whole number of registers; `target` must be writable for all panels.
+#[inline(always)]
+pub(crate) unsafe fn panels<D: Dot>(
+    d: D,
+    tile: *mut D::Real,
+    row_stride: usize,
+    [count, vectors, units]: [usize; 3],
+    target: *mut D::Real,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        for row in 0..count {
+            left(d, tile.add(row * row_stride), vectors);
+        }
+        transpose(d, tile.cast_const().cast(), row_stride, [count, units], target.cast());
     }
 }
 

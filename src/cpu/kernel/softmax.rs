@@ -198,47 +198,41 @@ unsafe fn highest<S: Simd>(s: S, span: Span<S::Real>) -> S::Vector {
 /// As [`follow`].
 #[inline(always)]
 unsafe fn weigh<D: Dot>(d: D, span: Span<D::Real>, top: D::Real) -> D::Real {
-    let s = d.simd();
-    // SAFETY: the same contract; tables cover whole registers.
+    // SAFETY: the same contract.
     unsafe {
         match span.added {
-            Added::Same(added) => {
-                let added = s.splat(added);
-                weigh_with(d, span, top, |_| added)
-            }
-            Added::Each(added) => weigh_with(d, span, top, |at| s.load(added.add(at))),
+            Added::Same(_) => weigh_with::<D, false>(d, span, top),
+            Added::Each(_) => weigh_with::<D, true>(d, span, top),
         }
     }
 }
 
-/// [`weigh`] with what is added to the scores by position.
+/// [`weigh`], `EACH` where what is added differs from key to key.
 ///
 /// # Safety
 /// As [`follow`].
 #[inline(always)]
-unsafe fn weigh_with<D: Dot>(
-    d: D,
-    span: Span<D::Real>,
-    top: D::Real,
-    added: impl Fn(usize) -> <D::Simd as Simd>::Vector,
-) -> D::Real {
+unsafe fn weigh_with<D: Dot, const EACH: bool>(d: D, span: Span<D::Real>, top: D::Real) -> D::Real {
     let s = d.simd();
     let lanes = D::Simd::LANES;
-    let (factor, top) = (s.splat(span.factor), s.splat(top));
-    let mut total = s.zero();
+    let same = if let Added::Same(added) = span.added { added } else { D::Real::ZERO };
+    let relative = Relative { factor: s.splat(span.factor), top: s.splat(top), same: s.splat(same) };
     let start = span.start(s);
-    for at in (start..span.visible).step_by(lanes) {
-        // SAFETY: registers that begin below `visible`. Probabilities take no more room than the scores they come from,
-        // and what is before them is cleared last.
+    let mut total = s.zero();
+    // Registers of which all keys are visible lie between the two that may be at the edges.
+    let inner = span.first.next_multiple_of(lanes)..span.visible / lanes * lanes;
+    let mut at = start;
+    while at < span.visible {
+        // SAFETY: registers that begin below `visible`.
         unsafe {
-            // Subtracted last: near the maximum that is exact, while a sum with the mask rounds for the whole row.
-            let x = s.sub(s.mul_add(s.load(span.scores.add(at)), factor, added(at)), top);
-            let p = span.visible_of(s, at, exp2(s, x), s.zero());
-            d.store_left(span.scores.cast(), at, p);
-            if let Some(numbers) = span.numbers {
-                s.store(numbers.add(at), p);
+            if at < inner.start || at >= inner.end {
+                total = s.add(total, weigh_register::<D, EACH, true>(d, span, &relative, at));
+                at += lanes;
             }
-            total = s.add(total, p);
+            while at >= inner.start && at < inner.end {
+                total = s.add(total, weigh_register::<D, EACH, false>(d, span, &relative, at));
+                at += lanes;
+            }
         }
     }
     // SAFETY: the same contract.
@@ -250,6 +244,46 @@ unsafe fn weigh_with<D: Dot>(
         }
     }
     s.sum(total)
+}
+
+/// What turns products into powers of two, in every lane.
+struct Relative<V> {
+    factor: V,
+    top: V,
+    same: V,
+}
+
+/// The probabilities of one register of keys, `EDGE` where some of them may not be visible, in place of their scores.
+///
+/// # Safety
+/// As [`follow`]; the register must begin below `visible`.
+#[inline(always)]
+unsafe fn weigh_register<D: Dot, const EACH: bool, const EDGE: bool>(
+    d: D,
+    span: Span<D::Real>,
+    relative: &Relative<<D::Simd as Simd>::Vector>,
+    at: usize,
+) -> <D::Simd as Simd>::Vector {
+    let s = d.simd();
+    // SAFETY: the caller's contract. Probabilities take no more room than the scores they come from, and what is before
+    // them is cleared last.
+    unsafe {
+        let added = match span.added {
+            Added::Each(added) if EACH => s.load(added.add(at)),
+            _ => relative.same,
+        };
+        // Subtracted last: near the maximum that is exact, while a sum with the mask rounds for the whole row.
+        let x = s.sub(s.mul_add(s.load(span.scores.add(at)), relative.factor, added), relative.top);
+        let mut p = exp2(s, x);
+        if EDGE {
+            p = span.visible_of(s, at, p, s.zero());
+        }
+        d.store_left(span.scores.cast(), at, p);
+        if let Some(numbers) = span.numbers {
+            s.store(numbers.add(at), p);
+        }
+        p
+    }
 }
 
 /// Zeros as a row of a left operand from number `from`, a whole number of registers, up to `to`.

@@ -5,7 +5,7 @@ use super::rows::{Closed, Line, LinePart, Rows, UnitTiles, differentiate};
 use crate::cpu::CpuReal;
 use crate::cpu::attend::mask::{Block, Content, Part, Tables};
 use crate::cpu::attend::plan::{KEYS, ROWS, RowBlock, Sizes};
-use crate::cpu::attend::rows::{RowInfo, Tile, infos, key_blocks, seen, tiles};
+use crate::cpu::attend::rows::{RowInfo, Tile, common, holds, infos, key_blocks, seen, tiles};
 use crate::cpu::buffer::Buffer;
 use crate::cpu::dot::Dot;
 use crate::cpu::kernel::exp2::exp2_one;
@@ -52,6 +52,8 @@ pub(super) struct Worker<'a, D: Dot, T: Element<Acc = D::Real>> {
     d_bias: Vec<f64>,
     tables: Vec<Tables<D::Real>>,
     infos: Vec<RowInfo>,
+    /// The keys that all of them see.
+    common: Range<usize>,
     /// Every row's softmaxes, row by row.
     closed: Vec<Closed<D::Real>>,
 }
@@ -92,6 +94,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             d_bias: vec![0.0; if gradients.bias.is_some() { sizes.group * sizes.modalities.pow(2) } else { 0 }],
             tables: (0..sizes.parts).map(|_| Tables::new(&sizes)).collect::<Result<_>>()?,
             infos: Vec::with_capacity(rows),
+            common: 0..0,
             closed: Vec::with_capacity(rows * sizes.parts),
         })
     }
@@ -121,23 +124,16 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             let key = self.problem.key.skip(2, first);
             let value = self.problem.value.skip(2, first);
             let staging = self.staging.as_mut_ptr();
-            let panels = |panels: &mut Buffer<D::Real>| {
-                // SAFETY: a block of rows in `staging`; the panels hold whole panels of keys, and a block of keys is a
-                // whole number of panels.
-                unsafe {
-                    (0..ids.len()).for_each(|row| pack::left(d, staging.add(row * stride), vectors));
-                    let target = panels.as_mut_ptr().add(first * units).cast();
-                    pack::transpose(d, staging.cast_const().cast(), stride, [ids.len(), units], target);
-                }
-            };
-            // SAFETY: `staging` has a block of rows, `keys` units for every key; a block is a whole number of units.
+            let size = [ids.len(), vectors, units];
+            // SAFETY: `staging` has a block of rows, `keys` units for every key, the panels whole panels of keys; a block is a
+            // whole number of units and of panels.
             unsafe {
                 pack::rows(s, &key, head, ids, staging, stride);
                 let keys = self.keys.as_mut_ptr().add(first / D::DEPTH * stride).cast();
                 pack::right(d, staging, stride, [ids.len(), vectors], keys);
-                panels(&mut self.key_panels);
+                pack::panels(d, staging, stride, size, self.key_panels.as_mut_ptr().add(first * units));
                 pack::rows(s, &value, head, ids, staging, stride);
-                panels(&mut self.value_panels);
+                pack::panels(d, staging, stride, size, self.value_panels.as_mut_ptr().add(first * units));
             }
         }
     }
@@ -213,6 +209,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
                 }
             }
         }
+        self.common = common(&self.infos);
         self.query.pack(self.d, &self.sizes, self.infos.len());
         self.d_out.pack(self.d, &self.sizes, self.infos.len());
     }
@@ -223,9 +220,10 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         let d = self.d;
         let Sizes { units, stride, score_stride, vectors, .. } = self.sizes;
         let range = self.sizes.key_block(index);
-        let near = seen(&self.infos, &range, 2 * D::Simd::LANES);
+        let whole = holds(&self.common, &range);
+        let near = if whole { 0..range.len() } else { seen(&self.infos, &range, 2 * D::Simd::LANES) };
         self.tables.iter_mut().for_each(Tables::clear);
-        let tiles: Vec<Tile> = tiles(d.simd(), &self.infos, &range).collect();
+        let tiles: Vec<Tile> = tiles(d.simd(), &self.infos, &range, whole).collect();
         for Tile { rows, keys } in tiles {
             let from = range.start + keys.start;
             let size = Size { rows: rows.len(), vectors: keys.len().div_ceil(D::Simd::LANES), depth: units };
@@ -286,7 +284,7 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         (scores, rows, target): (&Buffer<D::Real>, &Rows<D>, *mut D::Real),
     ) {
         let Sizes { stride, score_stride, vectors, .. } = self.sizes;
-        let whole = self.infos.iter().all(|info| info.sees(range) == (0..range.len()));
+        let whole = holds(&self.common, range);
         let step = if whole { range.len() } else { D::Simd::TALL };
         // Units of a right operand, read along its rows, are the transposed left operand.
         let depth_stride = D::DEPTH * score_stride;

@@ -1,0 +1,181 @@
+//! Modular attention on CUDA, forward and backward.
+
+use super::{Call, Place};
+use crate::cuda::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream};
+use crate::cuda::{DeviceTensor, attend};
+use crate::error::Error;
+use crate::layout::print_shape;
+use crate::problem::{Combine, MassBy};
+use pyo3::prelude::*;
+
+type Tensor<'a, 'py> = &'a Bound<'py, PyAny>;
+
+/// What forward and backward read, as Python gives it.
+struct Inputs<'a, 'py> {
+    rows: [Tensor<'a, 'py>; 3],
+    modality: Tensor<'a, 'py>,
+    query_modality: Option<Tensor<'a, 'py>>,
+    causal: bool,
+    scale: f64,
+    sink: Option<Tensor<'a, 'py>>,
+    bias: Option<Tensor<'a, 'py>>,
+    key_range: Option<Tensor<'a, 'py>>,
+    combine: Combine,
+    num_modalities: Option<usize>,
+}
+
+impl<'py> Inputs<'_, 'py> {
+    fn problem(&self, call: &mut Call<'py>) -> PyResult<AttendProblem> {
+        let [query, key, value] = self.rows;
+        let query: DeviceTensor<4> = call.read("query", query, "(B, Hq, Nq, D)")?;
+        let nq = query.shape[2];
+        let ids = "(B, N): one id a token";
+        let modality: DeviceTensor<2> = call.read("modality", self.modality, ids)?;
+        let query_modality = match self.query_modality {
+            Some(given) => call.read("query_modality", given, ids)?,
+            None => last(modality, nq)?,
+        };
+        let sink = match (self.sink, self.combine) {
+            (None, _) => None,
+            (Some(sink), Combine::Joint) => Some(call.read::<3>("sink", sink, "(B|1, Hq|1, Nq)")?.with_last()),
+            (Some(sink), Combine::Split) => Some(call.read("sink", sink, "(B|1, Hq|1, Nq, 2)")?),
+        };
+        let range = format!("(B|1, Nq, 2) = ({}|1, {nq}, 2)", query.shape[0]);
+        let problem = AttendProblem {
+            target: call.gpu.target(),
+            record: call.gpu.record(),
+            query,
+            key: call.read("key", key, "(B, Hkv, Nk, D)")?,
+            value: call.read("value", value, "(B, Hkv, Nk, D)")?,
+            modality,
+            query_modality,
+            sink,
+            bias: call.read_if("modality_bias", self.bias, "(B|1, Hq|1, M, M)")?,
+            key_range: call.read_if("key_range", self.key_range, &range)?,
+            causal: self.causal,
+            scale: self.scale,
+            combine: self.combine,
+            num_modalities: self.num_modalities,
+        };
+        Ok(problem.validated()?)
+    }
+}
+
+/// The ids of the last queries.
+fn last(modality: DeviceTensor<2>, queries: usize) -> Result<DeviceTensor<2>, Error> {
+    let skip = modality.shape[1].checked_sub(queries).ok_or_else(|| Error::Shape {
+        argument: "modality",
+        given: print_shape(&modality.shape),
+        wanted: format!("(B, Nk) with Nk >= Nq = {queries}, or query_modality (B, Nq) given"),
+    })?;
+    Ok(modality.skip(1, skip))
+}
+
+/// Writes o into `out`, L into `lse` and, where they are given, the two parts of "split" and the attention mass.
+#[pyfunction]
+#[allow(clippy::too_many_arguments, reason = "the operator's arguments, then where it writes")]
+pub(in crate::py) fn cuda_attend_forward<'py>(
+    query: &Bound<'py, PyAny>,
+    key: &Bound<'py, PyAny>,
+    value: &Bound<'py, PyAny>,
+    modality: &Bound<'py, PyAny>,
+    query_modality: Option<&Bound<'py, PyAny>>,
+    is_causal: bool,
+    scale: f64,
+    sink: Option<&Bound<'py, PyAny>>,
+    bias: Option<&Bound<'py, PyAny>>,
+    key_range: Option<&Bound<'py, PyAny>>,
+    combine: &str,
+    num_modalities: Option<usize>,
+    mass_by: &str,
+    out: &Bound<'py, PyAny>,
+    lse: &Bound<'py, PyAny>,
+    parts: Option<&Bound<'py, PyAny>>,
+    mass: Option<&Bound<'py, PyAny>>,
+    place: Place<'py>,
+) -> PyResult<()> {
+    let mut call = Call::new("query", query, place)?;
+    let inputs = Inputs {
+        rows: [query, key, value],
+        modality,
+        query_modality,
+        causal: is_causal,
+        scale,
+        sink,
+        bias,
+        key_range,
+        combine: Combine::parse(combine)?,
+        num_modalities,
+    };
+    let problem = inputs.problem(&mut call)?;
+    let mass = call.write_if("mass", mass, "(B, Hq, Nq, columns)")?;
+    let outputs = AttendOutputs {
+        out: call.write("out", out, "(B, Hq, Nq, D)")?,
+        logsumexp: call.write("lse", lse, "(B, Hq, parts, Nq)")?,
+        parts: call.write_if("parts", parts, "(B, Hq, 2, Nq, D)")?,
+        mass: MassBy::parse(mass_by)?.zip(mass),
+    };
+    problem.check_outputs(&outputs)?;
+    let bytes = attend::forward_workspace(&problem);
+    call.run(bytes, |workspace| attend::forward(&problem, &outputs, workspace))
+}
+
+/// Writes the gradients; those of sink (B, Hq, Nq, softmaxes) and bias (B, Hq, M, M) in full size, before any broadcast
+/// is summed away.
+#[pyfunction]
+#[allow(clippy::too_many_arguments, reason = "the operator's arguments, what backward starts from, where it writes")]
+pub(in crate::py) fn cuda_attend_backward<'py>(
+    query: &Bound<'py, PyAny>,
+    key: &Bound<'py, PyAny>,
+    value: &Bound<'py, PyAny>,
+    modality: &Bound<'py, PyAny>,
+    query_modality: Option<&Bound<'py, PyAny>>,
+    is_causal: bool,
+    scale: f64,
+    sink: Option<&Bound<'py, PyAny>>,
+    bias: Option<&Bound<'py, PyAny>>,
+    key_range: Option<&Bound<'py, PyAny>>,
+    combine: &str,
+    d_out: &Bound<'py, PyAny>,
+    out: &Bound<'py, PyAny>,
+    lse: &Bound<'py, PyAny>,
+    parts: Option<&Bound<'py, PyAny>>,
+    d_query: &Bound<'py, PyAny>,
+    d_key: &Bound<'py, PyAny>,
+    d_value: &Bound<'py, PyAny>,
+    d_sink: Option<&Bound<'py, PyAny>>,
+    d_bias: Option<&Bound<'py, PyAny>>,
+    place: Place<'py>,
+) -> PyResult<()> {
+    let mut call = Call::new("query", query, place)?;
+    let inputs = Inputs {
+        rows: [query, key, value],
+        modality,
+        query_modality,
+        causal: is_causal,
+        scale,
+        sink,
+        bias,
+        key_range,
+        combine: Combine::parse(combine)?,
+        num_modalities: None,
+    };
+    let problem = inputs.problem(&mut call)?;
+    let upstream = AttendUpstream {
+        out_gradient: call.read("d_out", d_out, "(B, Hq, Nq, D)")?,
+        out: call.read("out", out, "(B, Hq, Nq, D)")?,
+        logsumexp: call.read("lse", lse, "(B, Hq, parts, Nq)")?,
+        parts: call.read_if("parts", parts, "(B, Hq, 2, Nq, D)")?,
+    };
+    problem.check_upstream(&upstream)?;
+    let gradients = AttendGradients {
+        query: call.write("d_query", d_query, "(B, Hq, Nq, D)")?,
+        key: call.write("d_key", d_key, "(B, Hkv, Nk, D)")?,
+        value: call.write("d_value", d_value, "(B, Hkv, Nk, D)")?,
+        sink: call.write_if("d_sink", d_sink, "(B, Hq, Nq, parts)")?,
+        bias: call.write_if("d_bias", d_bias, "(B, Hq, M, M)")?,
+    };
+    problem.check_gradients(&gradients)?;
+    let bytes = attend::backward_workspace(&problem);
+    call.run(bytes, |workspace| attend::backward(&problem, &upstream, &gradients, workspace))
+}
