@@ -46,13 +46,16 @@ pub(super) fn launch(problem: &AttendProblem, params: &RowsParams, pass: Pass) -
     let [b, hq, nq, dim] = problem.query.shape;
     let dtype = problem.query.dtype;
     let is_mass = pass == Pass::Mass;
-    let (warps, keys) = match dtype {
-        DType::Float64 => (if dim <= 128 { 2 } else { 1 }, 16),
-        DType::Float32 => (if dim <= 128 { 4 } else { 2 }, 32),
-        _ => (4, 64),
+    let (warps, row_tiles, keys) = match dtype {
+        DType::Float64 => (if dim <= 128 { 2 } else { 1 }, 1, 16),
+        DType::Float32 => (if dim <= 128 { 4 } else { 2 }, 1, 32),
+        // 32 rows a warp halve the traffic of the key tiles in shared memory; half as many keys leave registers for them.
+        _ if dim <= 128 && nq > 64 => (4, 2, 32),
+        _ => (4, 1, 64),
     };
+    let rows = 16 * warps * row_tiles;
     let tiles = if is_mass { 1 } else { 2 };
-    let shared = |stages: usize| tile_bytes(tiles * (16 * warps + stages * keys), dtype, dim);
+    let shared = |stages: usize| tile_bytes(tiles * (rows + stages * keys), dtype, dim);
     let two_stages = dtype.size() == 2 && dim <= 128 && shared(2) <= problem.target.shared_limit as usize;
     let stages = if two_stages { 2 } else { 1 };
     let mut defines = defines(problem);
@@ -61,7 +64,7 @@ pub(super) fn launch(problem: &AttendProblem, params: &RowsParams, pass: Pass) -
         ("MASS", i64::from(is_mass)),
         ("BIAS_SUMS", i64::from(pass == Pass::GradientAndSums)),
         ("WARPS", warps as i64),
-        ("ROW_TILES", 1),
+        ("ROW_TILES", row_tiles as i64),
         ("KEYS", keys as i64),
         ("STAGES", stages as i64),
     ]);
@@ -69,7 +72,7 @@ pub(super) fn launch(problem: &AttendProblem, params: &RowsParams, pass: Pass) -
         problem,
         Launch {
             kernel: Kernel { source: Source::AttendRows, entry: "attend_rows", defines },
-            grid: [(b * hq) as u32, blocks(nq, 16 * warps), 1],
+            grid: [(b * hq) as u32, blocks(nq, rows), 1],
             block: 32 * warps as u32,
             shared: shared(stages) as u32,
             params: params.bytes(),
