@@ -9,6 +9,7 @@ mod emulator;
 mod align;
 mod arithmetic;
 mod attend;
+mod budget;
 mod checks;
 mod device;
 mod ids;

@@ -15,8 +15,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
-/// Dynamic shared memory that a block gets without asking for more, and the most it can ask for on sm_80.
-const MOST_SHARED: usize = 163 * 1024;
+/// Most shared memory that a block can ask for.
+fn most_shared(architecture: (u32, u32)) -> usize {
+    if architecture >= (9, 0) { 227 << 10 } else { 163 << 10 }
+}
 
 /// Numbers that a buffer can hold.
 pub(crate) trait Plain: Copy {
@@ -180,11 +182,9 @@ impl Gpu {
         if !(1..=1024).contains(&block) || grid.contains(&0) || grid[1].max(grid[2]) > 65535 {
             return Err(fault("no such grid or block".to_owned()));
         }
-        if kernel.shared + shared as usize > MOST_SHARED {
-            return Err(fault(format!(
-                "{} bytes of shared memory, there are {MOST_SHARED}",
-                kernel.shared + shared as usize
-            )));
+        let most = most_shared(self.architecture);
+        if kernel.shared + shared as usize > most {
+            return Err(fault(format!("{} bytes of shared memory, there are {most}", kernel.shared + shared as usize)));
         }
         let zeros = vec![0; kernel.instructions.len()];
         let mut profile = Profile { executed: zeros.clone(), conflicts: zeros, conflicts_wanted: self.counting };
