@@ -60,15 +60,19 @@ impl<'c, T: DeviceElement> Device<'c, T> {
         Self { gpu, case, problem }
     }
 
-    fn forward(&mut self) -> (AttendOutputs, AttendBuffers<T>) {
+    fn outputs(&mut self) -> AttendOutputs {
         let AttendOptions { batch, heads, queries, dim, modalities, combine, mass, .. } = self.case.options;
-        let outputs = AttendOutputs {
+        AttendOutputs {
             out: output::<T, 4>(&mut self.gpu, [batch, heads, queries, dim]),
             logsumexp: output::<T::Acc, 4>(&mut self.gpu, [batch, heads, combine.parts(), queries]),
             parts: (combine == Combine::Split)
                 .then(|| output::<T::Acc, 5>(&mut self.gpu, [batch, heads, 2, queries, dim])),
             mass: Some((mass, output::<T::Acc, 4>(&mut self.gpu, [batch, heads, queries, mass.columns(modalities)]))),
-        };
+        }
+    }
+
+    fn forward(&mut self) -> (AttendOutputs, AttendBuffers<T>) {
+        let outputs = self.outputs();
         let workspace = self.gpu.output::<u8>(forward_workspace(&self.problem));
         let launches = forward(&self.problem, &outputs, workspace).unwrap();
         self.gpu.run(&launches);
@@ -240,6 +244,21 @@ fn empty_problems_give_zeros() {
         check::<bf16>(0, AttendOptions { queries, keys, batch, padding: Padding::None, ..usual() });
         check::<f32>(0, AttendOptions { queries, keys, batch, padding: Padding::None, ..usual() });
     }
+}
+
+/// The plan alone: what a device cannot do is refused before anything is launched.
+#[test]
+fn what_does_not_fit_the_device_is_refused() {
+    let case = AttendCase::<f64>::new(&mut Rng::new(0), AttendOptions { dim: 256, ..usual() });
+    let mut device = Device::new(&case);
+    let outputs = device.outputs();
+    let message = |problem: &AttendProblem| forward(problem, &outputs, 0).unwrap_err().to_string();
+    let small = Target { shared_limit: 101_376, ..Target::SM_80 };
+    let refused = message(&AttendProblem { target: small, ..device.problem });
+    assert!(refused.contains("shared memory, this device has 101376"), "{refused}");
+    let mut without_columns = device.problem;
+    without_columns.query.shape[3] = 0;
+    assert!(message(&without_columns).contains("at least 8"));
 }
 
 /// A negative factor turns the order of the scores round, one of 0 makes them all the same.

@@ -273,3 +273,41 @@ impl Plan<'_> {
         self.sizes.all_heads() * self.sizes.tokens.div_ceil(rows)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_problem;
+    use super::*;
+    use crate::cuda::tensor::DeviceTensor;
+
+    fn plan(shape: [usize; 4], given: bool) -> (Vec<&'static str>, usize) {
+        let [batch, heads, _, dim] = shape;
+        let mut problem = test_problem(shape, 2);
+        let basis = DeviceTensor::contiguous(0x1000, DType::Float32, [batch, heads, 2, dim, dim]);
+        problem.basis = given.then_some(basis);
+        let outputs = AlignOutputs { aligned: problem.key, basis: (!given).then_some(basis) };
+        let launches = forward(&problem.validated().unwrap(), &outputs, 0).unwrap();
+        (launches.iter().map(|launch| launch.kernel.entry).collect(), forward_workspace(&problem))
+    }
+
+    #[test]
+    fn what_is_not_needed_is_not_launched() {
+        let all = ["encode_ids", "unit_norms", "outer_sums", "finish_basis", "maps", "align_keys"];
+        assert_eq!(plan([2, 4, 300, 64], false).0, all);
+        assert_eq!(plan([2, 4, 0, 64], false).0, ["outer_sums", "finish_basis", "maps"]);
+        assert_eq!(plan([0, 4, 300, 64], false).0, [""; 0]);
+        assert_eq!(plan([2, 4, 1, 64], true), (vec!["align_few"], 0));
+        let given = plan([2, 4, 300, 64], true);
+        assert_eq!(given.0, ["encode_ids", "unit_norms", "finish_basis", "maps", "align_keys"]);
+        assert!(given.1 < plan([2, 4, 300, 64], false).1);
+    }
+
+    #[test]
+    fn a_grid_that_no_launch_can_have_is_an_error() {
+        let problem = test_problem([1 << 20, 1 << 10, 8, 8], 254);
+        let basis = DeviceTensor::contiguous(0x1000, DType::Float32, [1 << 20, 1 << 10, 254, 8, 8]);
+        let outputs = AlignOutputs { aligned: problem.key, basis: Some(basis) };
+        let error = forward(&problem, &outputs, 0).unwrap_err().to_string();
+        assert!(error.contains("outer_sums") && error.contains("2147483647"), "{error}");
+    }
+}

@@ -160,3 +160,24 @@ impl Plan<'_> {
         self.launch((Source::Basis, "add_parts"), &[], count.div_ceil(super::plan::THREADS as usize), &params)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_problem;
+    use super::*;
+
+    #[test]
+    fn parts_cover_every_block() {
+        for tokens in [0, 1, 64, 65, 4096, 100_000] {
+            for [batch, heads] in [[0, 4], [1, 1], [1, 8], [16, 8]] {
+                let problem = test_problem([batch, heads, tokens, 128], 2);
+                let sizes = Sizes::new(&problem);
+                for cut in [Cut::by_head(&problem, &sizes), Cut::whole(&problem, &sizes)] {
+                    assert!(cut.parts >= 1 && cut.part_blocks * cut.parts >= cut.group_blocks, "{cut:?}");
+                    assert!(cut.part_blocks * (cut.parts - 1) <= cut.group_blocks, "{cut:?}");
+                    assert_eq!(cut.groups * cut.group_blocks, batch * heads * tokens.div_ceil(TOKENS));
+                }
+            }
+        }
+    }
+}

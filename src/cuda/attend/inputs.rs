@@ -195,6 +195,10 @@ pub(super) fn fits(problem: &AttendProblem, launch: Launch) -> Result<Launch> {
     let [b, hq, nq, dim] = problem.query.shape;
     let nk = problem.key.shape[2];
     let most = i32::MAX as usize;
+    if dim == 0 {
+        let wanted = "a head dimension D of at least 8 on CUDA".to_owned();
+        return Err(Error::Shape { argument: "query", given: print_shape(&[b, hq, nq, dim]), wanted });
+    }
     if b.saturating_mul(hq.max(problem.key.shape[1])) > most || launch.grid[1] as usize > MOST_BLOCKS || nk > most {
         let wanted = format!("fewer than 2^31 heads in all and {} queries and keys", MOST_BLOCKS * 16);
         return Err(Error::Shape { argument: "query", given: print_shape(&[b, hq, nq, dim]), wanted });

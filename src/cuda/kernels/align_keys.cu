@@ -47,8 +47,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) align_keys(const __grid_co
     }
 
     element* aligned = p.aligned + (head * p.tokens + first) * HEAD_DIM;
-    each(sums, [&](int row, int column, real sum) {
-        if (first + row >= p.tokens || column >= HEAD_DIM) return;
-        aligned[row * HEAD_DIM + column] = codes[row] == PADDING ? key[row * p.strides[2] + column] : narrow(sum);
-    });
+    store_tokens(sums, panels, aligned, p.tokens - first, [&](int row) { return codes[row] == PADDING ? key + row * p.strides[2] : nullptr; });
 }

@@ -116,7 +116,7 @@ struct Sums {
         using R = Panel<RIGHT, COLUMNS>;
         const float* from_left = left + first_row() * L::OUTER_STRIDE + threadIdx.x % 4 * L::DEPTH_STRIDE;
         const float* from_right = right + (warp_column() + threadIdx.x % 32 / 4) * R::OUTER_STRIDE + threadIdx.x % 4 * R::DEPTH_STRIDE;
-#pragma unroll
+#pragma unroll(COLUMNS > 128 ? 2 : 4) // wide tiles have no registers for more
         for (int k = 0; k < DEPTH; k += 8) {
             u32 a[T][4], a_low[T][4];
 #pragma unroll

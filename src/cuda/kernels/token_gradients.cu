@@ -105,9 +105,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) token_gradients(const __gr
         add_product<ACROSS, ACROSS, EXACT, ROUNDED>(sums, shared.panels, HEAD_DIM, upstream_of(a), square_rows(keep));
     }
     element* d_key = p.d_key + (head * p.tokens + first) * HEAD_DIM;
-    each(sums, [&](int row, int column, real sum) {
-        if (first + row >= p.tokens || column >= HEAD_DIM) return;
-        d_key[row * HEAD_DIM + column] = codes[row] == PADDING ? d_aligned[row * p.d_aligned_strides[2] + column] : narrow(sum);
+    store_tokens(sums, shared.panels, d_key, p.tokens - first, [&](int row) {
+        return codes[row] == PADDING ? d_aligned + row * p.d_aligned_strides[2] : nullptr;
     });
 
     clear(sums);
@@ -115,7 +114,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) token_gradients(const __gr
         for (int m = next_modality(sources, -1); m != PADDING; m = next_modality(sources, m))
             add_product<ACROSS, ALONG, ROUNDED, ROUNDED>(sums, shared.panels, HEAD_DIM, unit_of(m), square_rows(of_head(p.d_bases, m)));
     element* d_value = p.d_value + (head * p.tokens + first) * HEAD_DIM;
-    each(sums, [&](int row, int column, real sum) {
-        if (first + row < p.tokens && column < HEAD_DIM) d_value[row * HEAD_DIM + column] = narrow(sum);
-    });
+    store_tokens(sums, shared.panels, d_value, p.tokens - first, [](int) -> const element* { return nullptr; });
 }
