@@ -2,8 +2,8 @@
 //!
 //! What a GPU would let pass in silence is an error here, with the line of the kernel that made it: an access outside of a
 //! buffer or misaligned, memory read that was never written, an input written, two warps or two blocks that touch the same
-//! bytes without a barrier between them, or two lanes without a meeting of their warp, a copy read before it was waited for, a barrier or a collective instruction that
-//! not all lanes reach.
+//! bytes without a barrier between them, two lanes of a warp without a `__syncwarp`, a copy read before it was waited for, a
+//! barrier or a collective instruction that not all lanes reach.
 //!
 //! | file | what |
 //! |---|---|
