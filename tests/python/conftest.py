@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -14,3 +16,13 @@ torch.set_num_threads(1)
 def _seeded():
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(20250710)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment():
+    """A library leaves settings in the environment, such as a Trainer its precision: no later test may find them."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
