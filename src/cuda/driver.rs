@@ -10,10 +10,12 @@ use super::problem::{IdsRecord, Offender, Target};
 use crate::error::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{CString, c_int, c_void};
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
 
 /// Lowest compute capability of the kernels: asynchronous copies to shared memory and bfloat16 products begin there.
 const LOWEST: (u32, u32) = (8, 0);
@@ -229,7 +231,7 @@ impl Gpu {
     }
 
     /// Launches a plan on a stream of this GPU's primary context, by its handle; 0 is the default stream. Every kernel
-    /// is compiled and loaded before the first one runs.
+    /// is compiled, what is missing at the same time, and loaded before the first one runs.
     ///
     /// # Safety
     /// The addresses in the launches must be valid until the stream has worked them off.
@@ -238,7 +240,8 @@ impl Gpu {
             return Ok(());
         }
         let _entered = enter(self.context)?;
-        let handles = launches.iter().map(|launch| self.function(launch)).collect::<Result<Vec<_>>>()?;
+        let known: Option<Vec<_>> = launches.iter().map(|launch| self.known(launch)).collect();
+        let handles = known.map_or_else(|| self.prepare(launches), Ok)?;
         for (launch, handle) in launches.iter().zip(handles) {
             let ([x, y, z], argument) = (launch.grid, launch.params.as_ptr().cast_mut().cast::<c_void>());
             let (stream, block) = (stream as sys::CUstream, (launch.block, 1, 1));
@@ -251,14 +254,34 @@ impl Gpu {
         Ok(())
     }
 
-    /// The loaded kernel of a launch, with as much shared memory as it asks for. The context is current.
+    /// The loaded kernel of a launch, where it may use as much shared memory as this one asks for.
+    fn known(&self, launch: &Launch) -> Option<sys::CUfunction> {
+        let functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        functions.get(&launch.kernel).filter(|known| known.shared >= launch.shared).map(|known| known.handle)
+    }
+
+    /// The loaded kernels of a plan. A step of training needs some twenty, a second or more each to compile: threads of
+    /// their own do it. The context is current.
+    fn prepare(&self, launches: &[Launch]) -> Result<Vec<sys::CUfunction>> {
+        let kernels: HashSet<&Kernel> = launches.iter().map(|launch| &launch.kernel).collect();
+        thread::scope(|scope| {
+            let compiled: Vec<_> = kernels.into_iter().map(|kernel| scope.spawn(|| self.image(kernel))).collect();
+            compiled.into_iter().try_for_each(|thread| {
+                thread.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+                Ok(())
+            })
+        })?;
+        launches.iter().map(|launch| self.function(launch)).collect()
+    }
+
+    /// The kernel of a launch, loaded where it was not, with as much shared memory as it asks for. The context is current.
     fn function(&self, launch: &Launch) -> Result<sys::CUfunction> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = functions.get(&launch.kernel).filter(|known| known.shared >= launch.shared) {
+        let known = functions.get(&launch.kernel).copied();
+        if let Some(known) = known.filter(|known| known.shared >= launch.shared) {
             return Ok(known.handle);
         }
-        let known = functions.get(&launch.kernel).map(|known| known.handle);
-        let handle = known.map_or_else(|| self.load(&launch.kernel), Ok)?;
+        let handle = known.map_or_else(|| self.load(&launch.kernel), |known| Ok(known.handle))?;
         if launch.shared > SHARED_BY_DEFAULT {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a loaded kernel.
@@ -271,19 +294,26 @@ impl Gpu {
     }
 
     fn load(&self, kernel: &Kernel) -> Result<sys::CUfunction> {
-        let compiler = Nvrtc::get()?;
-        let (architecture, want) = self.code_for(compiler.architectures())?;
-        let options = nvrtc::options(&kernel.defines, architecture, want);
-        let image = Cache::get().image(Key::new(kernel, &options, compiler.version()), || {
-            let text = (kernel.source.name(), kernel.source.text());
-            compiler.compile((text.0, &text.1), &kernel.defines, architecture, want).map(|image| image.bytes)
-        })?;
+        let image = self.image(kernel)?;
         // SAFETY: what the compiler made: an ELF file or a text that ends with a zero byte. It is never unloaded.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
         let module = spared(self.ordinal, "cuModuleLoadData", kernel.source.name(), module)?;
         let entry = CString::new(kernel.entry).expect("a name without zero bytes");
         // SAFETY: the module just loaded.
         refused("cuModuleGetFunction", unsafe { result::module::get_function(module, entry) })
+    }
+
+    /// A compiled kernel, from the cache or made now.
+    fn image(&self, kernel: &Kernel) -> Result<Arc<[u8]>> {
+        let compiler = Nvrtc::get()?;
+        let (architecture, want) = self.code_for(compiler.architectures())?;
+        let options = nvrtc::options(&kernel.defines, architecture, want);
+        Cache::get().image(Key::new(kernel, &options, compiler.version()), || {
+            let text = kernel.source.text();
+            compiler
+                .compile((kernel.source.name(), &text), &kernel.defines, architecture, want)
+                .map(|image| image.bytes)
+        })
     }
 
     /// What to compile to for this GPU with a compiler of these architectures.
