@@ -137,11 +137,12 @@ def _demo_digits(options: argparse.Namespace) -> int:
 
 
 def _demo_checkpoint(options: argparse.Namespace) -> int:
-    from .demo.checkpoint import look, write_json
+    from .analysis.report import write_json
+    from .demo.checkpoint import look
 
     seen = look(options.model, options.image, options.prompt, max_new_tokens=options.max_new_tokens)
     print(seen)
-    write_json(options.out / "look.json", seen.to_dict())
+    write_json(seen.to_dict(), options.out / "look.json")
     print(f"\nwritten: {options.out / 'look.json'}")
     return 0
 

@@ -147,6 +147,11 @@ struct Function {
     shared: u32,
 }
 
+/// The loaded kernel of a launch, where it may use as much shared memory as this one asks for.
+fn fitting(functions: &HashMap<Kernel, Function>, launch: &Launch) -> Option<sys::CUfunction> {
+    functions.get(&launch.kernel).filter(|known| known.shared >= launch.shared).map(|known| known.handle)
+}
+
 /// Makes a context current in this thread until it is dropped; then the one that was, or none, is again.
 struct Entered {
     replaced: bool,
@@ -240,7 +245,10 @@ impl Gpu {
             return Ok(());
         }
         let _entered = enter(self.context)?;
-        let known: Option<Vec<_>> = launches.iter().map(|launch| self.known(launch)).collect();
+        let known: Option<Vec<_>> = {
+            let functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+            launches.iter().map(|launch| fitting(&functions, launch)).collect()
+        };
         let handles = known.map_or_else(|| self.prepare(launches), Ok)?;
         for (launch, handle) in launches.iter().zip(handles) {
             let ([x, y, z], argument) = (launch.grid, launch.params.as_ptr().cast_mut().cast::<c_void>());
@@ -252,12 +260,6 @@ impl Gpu {
             spared(self.ordinal, "cuLaunchKernel", launch.kernel.entry, outcome)?;
         }
         Ok(())
-    }
-
-    /// The loaded kernel of a launch, where it may use as much shared memory as this one asks for.
-    fn known(&self, launch: &Launch) -> Option<sys::CUfunction> {
-        let functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        functions.get(&launch.kernel).filter(|known| known.shared >= launch.shared).map(|known| known.handle)
     }
 
     /// The loaded kernels of a plan. A step of training needs some twenty, a second or more each to compile: threads of
@@ -277,11 +279,11 @@ impl Gpu {
     /// The kernel of a launch, loaded where it was not, with as much shared memory as it asks for. The context is current.
     fn function(&self, launch: &Launch) -> Result<sys::CUfunction> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = functions.get(&launch.kernel).copied();
-        if let Some(known) = known.filter(|known| known.shared >= launch.shared) {
-            return Ok(known.handle);
+        if let Some(handle) = fitting(&functions, launch) {
+            return Ok(handle);
         }
-        let handle = known.map_or_else(|| self.load(&launch.kernel), |known| Ok(known.handle))?;
+        let loaded = functions.get(&launch.kernel).map(|function| function.handle);
+        let handle = loaded.map_or_else(|| self.load(&launch.kernel), Ok)?;
         if launch.shared > SHARED_BY_DEFAULT {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a loaded kernel.

@@ -52,6 +52,15 @@ pub(super) fn ids(
     Ids::read(argument, tensor, modalities)
 }
 
+/// How many keys come before the queries where these are the last tokens, their modality not given.
+pub(super) fn keys_before(modality: [usize; 2], queries: usize) -> Result<usize> {
+    modality[1].checked_sub(queries).ok_or_else(|| Error::Shape {
+        argument: "modality",
+        given: print_shape(&modality),
+        wanted: format!("(B, Nk) with Nk >= Nq = {queries}, or query_modality (B, Nq) given"),
+    })
+}
+
 /// The key ranges of [B, Nq] queries on `keys` keys. The shape is checked before they are read, as for ids.
 pub(super) fn key_range(tensor: &RawView<'_>, [batch, queries]: [usize; 2], keys: usize) -> Result<KeyRanges> {
     let argument = "key_range";

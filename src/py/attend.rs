@@ -1,13 +1,12 @@
 //! Modular attention for Python, forward and backward.
 
-use super::arguments::{gradient, ids, key_range, output};
+use super::arguments::{gradient, ids, key_range, keys_before, output};
 use super::call::{compute, for_element};
 use crate::cpu::CpuElement;
 use crate::dlpack::Imported;
 use crate::dtype::{Element, Real};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ids::{Ids, MAX_MODALITIES};
-use crate::layout::print_shape;
 use crate::op;
 use crate::problem::{
     AttendGradients, AttendOutputs, AttendProblem, AttendUpstream, Combine, Mass, MassBy, check_modalities,
@@ -72,11 +71,8 @@ impl Inputs<'_> {
         let queries = if let Some(given) = self.query_modality {
             ids("query_modality", given, [b, nq], "(B, Nq)", modalities)?
         } else {
-            keys.last(nq).ok_or_else(|| Error::Shape {
-                argument: "modality",
-                given: print_shape(&keys.shape()),
-                wanted: format!("(B, Nk) with Nk >= Nq = {nq}, or query_modality (B, Nq) given"),
-            })?
+            keys_before(keys.shape(), nq)?;
+            keys.last(nq).expect("as many keys as queries")
         };
         let ranges = self.key_range.map(|given| key_range(given, [b, nq], nk)).transpose()?;
         Ok(Tokens { keys, queries, ranges })

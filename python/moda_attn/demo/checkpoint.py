@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,9 +86,3 @@ def _answer(model, processor, inputs: dict[str, torch.Tensor], max_new_tokens: i
         generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new_tokens = generated[0, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.decode(new_tokens, skip_special_tokens=True).strip()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes ``content`` as JSON, making the folder when it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

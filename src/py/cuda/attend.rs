@@ -3,9 +3,8 @@
 use super::{Call, Place};
 use crate::cuda::problem::{AttendGradients, AttendOutputs, AttendProblem, AttendUpstream};
 use crate::cuda::{DeviceTensor, attend};
-use crate::error::Error;
-use crate::layout::print_shape;
 use crate::problem::{Combine, MassBy};
+use crate::py::arguments::keys_before;
 use pyo3::prelude::*;
 
 type Tensor<'a, 'py> = &'a Bound<'py, PyAny>;
@@ -33,7 +32,7 @@ impl<'py> Inputs<'_, 'py> {
         let modality: DeviceTensor<2> = call.read("modality", self.modality, ids)?;
         let query_modality = match self.query_modality {
             Some(given) => call.read("query_modality", given, ids)?,
-            None => last(modality, nq)?,
+            None => modality.skip(1, keys_before(modality.shape, nq)?),
         };
         let sink = match (self.sink, self.combine) {
             (None, _) => None,
@@ -59,16 +58,6 @@ impl<'py> Inputs<'_, 'py> {
         };
         Ok(problem.validated()?)
     }
-}
-
-/// The ids of the last queries.
-fn last(modality: DeviceTensor<2>, queries: usize) -> Result<DeviceTensor<2>, Error> {
-    let skip = modality.shape[1].checked_sub(queries).ok_or_else(|| Error::Shape {
-        argument: "modality",
-        given: print_shape(&modality.shape),
-        wanted: format!("(B, Nk) with Nk >= Nq = {queries}, or query_modality (B, Nq) given"),
-    })?;
-    Ok(modality.skip(1, skip))
 }
 
 /// Writes o into `out`, L into `lse` and, where they are given, the two parts of "split" and the attention mass.
