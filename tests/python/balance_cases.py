@@ -39,8 +39,13 @@ def answer_of(tokens: int) -> Answer:
     step = np.arange(tokens)
     image, before = 0.5 * np.exp(-step / 12) + 0.1, 0.4 * (1 - np.exp(-step / 15))
     mass = 0.9 * np.stack([1 - image - before, image, before, np.full(tokens, 1 / 9)], axis=-1)
+    keys = np.stack([np.full(tokens, 20), np.full(tokens, 60), step, np.zeros(tokens)], axis=-1)
+    chance = keys / keys.sum(axis=-1, keepdims=True)
     balance = SimpleNamespace(
-        layers=(0, 1), mass=np.stack([mass, mass])[:, None], columns=("text", "vision", "generated", "pseudo")
+        layers=(0, 1),
+        mass=np.stack([mass, mass])[:, None],
+        chance=np.stack([chance, chance])[:, None],
+        columns=("text", "vision", "generated", "pseudo"),
     )
     return Answer(balance, [f"word{place}" for place in range(tokens)], f"An answer of {tokens} tokens")
 

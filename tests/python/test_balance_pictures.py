@@ -123,6 +123,8 @@ def test_bars_of_an_answer_stack_to_the_whole():
     assert [bar.get_label() for bar in bars] == ["image", "prompt’s text", "generated before", "pseudo-scores"]
     assert sum(bar.patches[-1].get_height() for bar in bars) == pytest.approx(1)
     assert bars[0].patches[3].get_height() == pytest.approx(answer.balance.mass[:, 0, 3, 1].mean())
+    (marks,) = generation(answer.balance).axes[0].collections
+    assert marks.get_segments()[3][0][1] == pytest.approx(60 / 83)
 
 
 def test_what_cannot_be_drawn_says_what_was_wanted():
@@ -167,8 +169,10 @@ def test_tables_hold_what_the_report_says():
     assert line.self_low == row.mass_interval[0, 2, 0]
     assert line.on_vision == pytest.approx(row.self_mass[2])
     assert line.on_text == pytest.approx(row.cross_mass[2])
+    assert (line.self_chance, line.cross_chance) == (row.chance.self_mass[2], row.chance.cross_mass[2])
+    assert (line.on_text_chance, line.on_vision_chance) == pytest.approx(row.chance.mass[2])
     changes = comparison_of().to_pandas()
-    assert list(changes.measure[:5]) == list(MEASURES)
+    assert list(changes.measure[: len(MEASURES)]) == list(MEASURES)
     assert changes.after[0] - changes.before[0] == pytest.approx(changes.change[0])
 
 
@@ -206,7 +210,7 @@ def test_what_is_measured_of_a_model_draws_itself():
 
     answer, keys = answer_of(4).balance, keys_of()
     tokens = np.arange(4)[None]
-    assert GenerationBalance(answer.layers, tokens, answer.mass, False).plot(["a", "b", "c", "d"]).axes
+    assert GenerationBalance(answer.layers, tokens, answer.mass, answer.chance, False).plot(["a", "b", "c", "d"]).axes
     assert KeySpace(keys.layers, keys.before, keys.after).plot(style="dark").axes
     given = np.random.default_rng(0).dirichlet(np.ones(8), (5, 1))
     images = ((ImageTokens(np.arange(1, 7), (1, 2, 3)),),)

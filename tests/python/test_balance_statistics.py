@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,10 +23,26 @@ GAMMA = 0.85
 SHARES = [name for name in MEASURES if name not in FACTORS]
 
 
+#: Self and cross mass at chance.
+CHANCE = (0.25, 0.75)
+
+
+def means_of(own: np.ndarray, cross: np.ndarray, pseudo: np.ndarray | float = 0.0) -> np.ndarray:
+    """(..., L, 5): self, cross, pseudo, and chance."""
+    return np.stack(np.broadcast_arrays(own, cross, pseudo, *CHANCE), axis=-1)
+
+
 def true_means(gamma: float = GAMMA, pseudo: float = 0.05) -> np.ndarray:
-    """(L, 3): self, cross, pseudo with cross mass 0.3 gamma^l."""
+    """(L, 5) with cross mass 0.3 gamma^l."""
     cross = 0.3 * gamma ** np.array(LAYERS)
-    return np.stack([1 - cross - pseudo, cross, np.full(len(LAYERS), pseudo)], axis=-1)
+    return means_of(1 - cross - pseudo, cross, pseudo)
+
+
+def text_tally(rows: np.ndarray, means: np.ndarray) -> Tally:
+    """Of text rows, from the mean masses (U, L, 5) of each input; nothing is known of its heads."""
+    masses, layers = means * rows[:, None, None], means.shape[1]
+    chance = np.concatenate([masses[..., 3:], np.zeros((*masses.shape[:2], 1))], axis=-1)
+    return Tally(0, rows, masses[..., :3], chance, np.full((layers, 1, 3), np.nan))
 
 
 def sampled(rng: np.random.Generator, inputs: int, means: np.ndarray | None = None) -> Tally:
@@ -34,8 +51,7 @@ def sampled(rng: np.random.Generator, inputs: int, means: np.ndarray | None = No
     rows = rng.integers(3, 30, inputs)
     factor = rng.gamma(20, 1 / 20, (inputs, len(means))) * rng.gamma(10, 1 / 10, (inputs, 1))
     cross = means[:, 1] * factor
-    masses = np.stack([1 - cross - means[:, 2], cross, np.broadcast_to(means[:, 2], cross.shape)], axis=-1)
-    return Tally(0, rows, masses * rows[:, None, None], np.full((len(means), 1, 3), np.nan))
+    return text_tally(rows, means_of(1 - cross - means[:, 2], cross, means[:, 2]))
 
 
 # Two-sided 95 %, from any printed table of the distribution.
@@ -60,7 +76,7 @@ def test_intervals_over_inputs_cover_the_truth_as_often_as_they_say(inputs):
         for name, (low, high) in over_inputs(sampled(rng, inputs), LAYERS).items():
             hits[name] += low <= truth[name] + 1e-12 and truth[name] - 1e-12 <= high
     # 95 % less what few and unequal inputs cost; the spread of the count itself is 1 %.
-    for name in ("disparity", "relative_disparity", "decay", "error"):
+    for name in ("disparity", "relative_disparity", "lift", "decay", "error"):
         assert 0.895 <= hits[name] / trials <= 0.98, (name, hits[name] / trials)
 
 
@@ -70,7 +86,7 @@ def test_the_fit_recovers_a_known_decay_within_its_interval(layers):
     hits = {"gamma": 0, "error": 0}
     for _ in range(trials):
         cross = 0.3 * gamma ** np.arange(layers) * np.exp(rng.normal(0, 0.05, layers))
-        means = np.stack([np.full(layers, 0.6), cross, np.zeros(layers)], axis=-1)
+        means = means_of(np.float64(0.6), cross)
         fit = fit_decay(means, range(layers))
         # The gaps are what they are; gamma alone is uncertain.
         error = gamma ** (layers * (layers + 1) / 2) * np.prod(np.abs(means[:, 0] - cross))
@@ -90,7 +106,7 @@ def test_without_noise_the_fit_is_exact():
 
 def test_the_standard_error_is_that_of_least_squares():
     logs = np.array([-1.0, -1.3, -1.2, -1.9])
-    means = np.stack([np.full(4, 0.5), np.exp(logs), np.zeros(4)], axis=-1)
+    means = means_of(np.float64(0.5), np.exp(logs))
     design = np.stack([np.ones(4), np.arange(4)], axis=1)
     solution, (squares,), *_ = np.linalg.lstsq(design, logs, rcond=None)
     error = np.sqrt(squares / 2 * np.linalg.inv(design.T @ design)[1, 1])
@@ -102,9 +118,9 @@ def test_the_standard_error_is_that_of_least_squares():
 
 def test_e_dda_of_many_layers_has_its_logarithm_before_it_vanishes():
     layers = range(120)
-    means = np.stack([np.full(120, 0.6), 0.3 * 0.8 ** np.arange(120.0), np.zeros(120)], axis=-1)
+    means = means_of(np.float64(0.6), 0.3 * 0.8 ** np.arange(120.0))
     assert measures(means, layers)["error"] == 0
-    tally = Tally(0, np.array([1, 1]), np.stack([means, means]), np.zeros((120, 1, 3)))
+    tally = text_tally(np.array([1, 1]), np.stack([means, means]))
     change = paired_change(tally, tally, (layers, layers))["error"]
     assert (change.value, change.low, change.high) == (1, 1, 1)
 
@@ -112,7 +128,7 @@ def test_e_dda_of_many_layers_has_its_logarithm_before_it_vanishes():
 def test_intervals_of_masses_are_those_of_a_mean_when_inputs_weigh_the_same():
     rng = np.random.default_rng(0)
     sums = rng.dirichlet([5, 3, 2], (9, 4))
-    low, high = of_masses(Tally(0, np.ones(9, dtype=int), sums, np.zeros((4, 1, 3))))
+    low, high = of_masses(text_tally(np.ones(9, dtype=int), means_of(*np.moveaxis(sums, -1, 0))))
     reach = 2.306004 * sums.std(axis=0, ddof=1) / 3
     assert low == pytest.approx(sums.mean(axis=0) - reach)
     assert high == pytest.approx(sums.mean(axis=0) + reach)
@@ -122,7 +138,7 @@ def test_pairing_cancels_what_the_inputs_have_in_common():
     rng = np.random.default_rng(1)
     before = sampled(rng, 20)
     shift = np.array([-0.02, 0.0, 0.02])
-    after = Tally(0, before.rows, before.sums + shift * before.rows[:, None, None], before.heads)
+    after = replace(before, sums=before.sums + shift * before.rows[:, None, None])
     both = (LAYERS, LAYERS)
     paired, unpaired = paired_change(before, after, both), unpaired_change(before, after, both)
     for name in ("disparity", "pseudo_share"):
@@ -130,6 +146,11 @@ def test_pairing_cancels_what_the_inputs_have_in_common():
         assert paired[name].value == pytest.approx(expected) == unpaired[name].value
         assert paired[name].high - paired[name].low < 1e-12
     assert unpaired["disparity"].high - unpaired["disparity"].low > 0.01
+
+
+def scaled(tally: Tally, factor: np.ndarray) -> dict[str, np.ndarray]:
+    """The sums of every input times a factor (U,)."""
+    return {name: getattr(tally, name) * factor[:, None, None] for name in ("sums", "chance")}
 
 
 @pytest.mark.parametrize("change", [paired_change, unpaired_change])
@@ -140,13 +161,12 @@ def test_changes_cover_the_truth(change):
     for _ in range(trials):
         before, after = sampled(rng, 15), sampled(rng, 15, after_means)
         if change is paired_change:
-            after = Tally(
-                0, before.rows, after.sums / after.rows[:, None, None] * before.rows[:, None, None], after.heads
-            )
+            per_row = before.rows / after.rows
+            after = replace(after, rows=before.rows, **scaled(after, per_row))
         for name, found in change(before, after, (LAYERS, LAYERS)).items():
             truth = second[name] / first[name] if name in FACTORS else second[name] - first[name]
             hits[name] += found.low - 1e-12 <= truth <= found.high + 1e-12
-    for name in ("disparity", "relative_disparity", "decay", "error"):
+    for name in ("disparity", "relative_disparity", "lift", "decay", "error"):
         assert 0.90 <= hits[name] / trials <= 0.985, (name, hits[name] / trials)
 
 
@@ -199,8 +219,9 @@ def test_what_has_no_value_is_nan_without_a_warning(means, inputs):
     same = compare(report, report)
     for text in (str(report), str(same), str(compare(report, report, paired=False))):
         assert "nan [" not in text
+    expected = measures(means_of(*np.array(means).T), range(len(means)))
     for name in SHARES:
-        assert getattr(report.of(0), name) == pytest.approx(float(measures(np.array(means), range(len(means)))[name]))
+        assert getattr(report.of(0), name) == pytest.approx(float(expected[name]))
         assert same.rows[0].changes[name].value == 0
     json.loads(report.to_json())
     json.loads(same.to_json())
@@ -221,10 +242,13 @@ def test_the_comparison_has_the_shape_of_the_papers_table(tmp_path):
     assert lines[0].startswith("Attention balance, LLaVA → MODA; 4 inputs, paired")
     assert [line.split() for line in lines if "disparity" in line and "relative" not in line] == [
         ["text", "disparity", "56.97", "%", "→", "50.31", "%", "-6.66", "points", "[-6.66,", "-6.66]"],
+        # The text comes first and sees itself alone, the image's token sees one of each.
+        ["chance", "disparity", "100.00", "%", "→", "100.00", "%"],
         ["vision", "disparity", "62.44", "%", "→", "41.01", "%", "-21.43", "points", "[-21.43,", "-21.43]"],
+        ["chance", "disparity", "0.00", "%", "→", "0.00", "%"],
     ]
     # All three measures and both factors for both.
-    for title in ("relative disparity", "pseudo share", "decay γ", "E_DDA"):
+    for title in ("relative disparity", "pseudo share", "cross lift", "decay γ", "E_DDA"):
         assert sum(title in line for line in lines) == 2
     result.to_json(tmp_path / "made" / "changes.json")
     written = json.loads((tmp_path / "made" / "changes.json").read_text())

@@ -24,8 +24,8 @@ class RowComparison:
 
     Attributes:
         before, after: the two balances.
-        changes: of every measure, with its 95 % interval over the inputs: after minus before, for ``decay`` and
-            ``error``, which are factors, after over before. NaN where there is no interval (a single input).
+        changes: of every measure, with its 95 % interval over the inputs: after minus before, for ``lift``, ``decay``
+            and ``error``, which are factors, after over before. NaN where there is no interval (a single input).
     """
 
     before: RowBalance
@@ -37,9 +37,10 @@ class RowComparison:
         return self.before.name
 
     def to_dict(self) -> dict[str, Any]:
-        """Before, after and the change of every measure."""
+        """Before, after and the change of every measure; the disparity that even attention would show."""
         return {
             "rows_of": self.name,
+            "chance_disparity": {"before": self.before.chance.disparity, "after": self.after.chance.disparity},
             **{
                 name: {
                     "before": plain(getattr(self.before, name)),

@@ -20,7 +20,8 @@ def masses_frame(report: BalanceReport) -> pandas.DataFrame:
     """A row for every kind of query rows and layer.
 
     Columns: ``rows_of``, ``modality``, ``answers_only``, ``layer``, then ``self``, ``cross`` and ``pseudo``, each with
-    the ends of its interval in ``_low`` and ``_high``, then ``on_`` and the name of each modality: mass on its keys.
+    the ends of its interval in ``_low`` and ``_high``, then ``on_`` and the name of each modality: mass on its keys. At
+    even attention these are ``self_chance``, ``cross_chance`` and ``on_..._chance``.
     """
     table = need("pandas", "plot", "to_pandas()")
     lines = []
@@ -31,8 +32,10 @@ def masses_frame(report: BalanceReport) -> pandas.DataFrame:
             for column, name in enumerate(("self", "cross", "pseudo")):
                 line[name] = getattr(row, f"{name}_mass")[place]
                 line[f"{name}_low"], line[f"{name}_high"] = row.mass_interval[:, place, column]
+            line["self_chance"], line["cross_chance"] = row.chance.self_mass[place], row.chance.cross_mass[place]
             for column, name in enumerate(row.columns[:-1]):
                 line[f"on_{name}"] = by_key[place, column]
+                line[f"on_{name}_chance"] = row.chance.mass[place, column]
             lines.append(line)
     return table.DataFrame(lines)
 

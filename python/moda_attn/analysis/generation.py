@@ -16,7 +16,7 @@ from .._checks import compute_dtype
 from ..config import PADDING, TEXT, VISION
 from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.record import AttentionCall, recording
-from .measure import is_patched, undisturbed
+from .measure import chance_of, is_patched, undisturbed
 from .report import modality_name, plain, write_json
 
 if TYPE_CHECKING:
@@ -36,12 +36,15 @@ class GenerationBalance:
         mass: (L, B, T, M + 2), head means over the row of attention from which a token was chosen: the mass on the
             prompt's keys of each modality, on the keys of tokens generated before, and on the pseudo-scores. NaN after
             the end of a row.
+        chance: the same at even attention to every key that the row sees, nothing on the pseudo-scores. The more is
+            generated, the smaller a part of it is the image.
         patched: whether the model was patched.
     """
 
     layers: tuple[int, ...]
     tokens: np.ndarray
     mass: np.ndarray
+    chance: np.ndarray
     patched: bool
 
     @property
@@ -72,6 +75,7 @@ class GenerationBalance:
             "columns": list(self.columns),
             "tokens": self.tokens.tolist(),
             "mass": plain(self.mass),
+            "chance": plain(self.chance),
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -116,7 +120,7 @@ def generation_balance(model: nn.Module, *, max_new_tokens: int, **inputs: Any) 
         output = vision_language.generate(*prompt, **arguments)
 
     layers = tuple(sorted(recorder.steps))
-    mass = torch.stack([torch.stack(recorder.steps[layer], dim=1) for layer in layers])
+    mass = torch.stack([torch.stack(recorder.steps[layer], dim=1) for layer in layers])  # (L, B, T, 2, M + 2)
     if beams > 1:
         came_from = output.beam_indices.to(mass.device)
         length = came_from.shape[1]
@@ -128,12 +132,14 @@ def generation_balance(model: nn.Module, *, max_new_tokens: int, **inputs: Any) 
             output.sequences[:, -length:], inputs.get("eos_token_id", getattr(settings, "eos_token_id", None))
         )
     tokens = output.sequences[:, -length:].masked_fill(over, -1)
-    mass = mass.masked_fill(over[None, :, :, None].to(mass.device), torch.nan)
-    return GenerationBalance(layers, tokens.cpu().numpy(), mass.double().cpu().numpy(), is_patched(model))
+    mass = mass.masked_fill(over[None, :, :, None, None].to(mass.device), torch.nan)
+    measured, chance = mass.double().cpu().numpy().transpose(3, 0, 1, 2, 4)
+    return GenerationBalance(layers, tokens.cpu().numpy(), measured, chance, is_patched(model))
 
 
 class StepRecorder:
-    """Collects for each layer and each call of the model (B, M + 2): the head means of the last row's masses."""
+    """Collects for each layer and each call of the model (B, 2, M + 2): the last row's masses, means over heads, and
+    what they would be at even attention."""
 
     def __init__(self) -> None:
         self.labels: Tensor | None = None
@@ -150,7 +156,10 @@ class StepRecorder:
         if position.shape != first.shape or (position - first != len(steps)).any():
             raise ModaRuntimeError("generate did not call the model once for each token; use greedy, sampling or beams")
         modalities = call.num_modalities
-        steps.append(mass_by_group(last, _groups(call.state.modality, len(steps), modalities), modalities + 1))
+        groups = _groups(call.state.modality, len(steps), modalities)
+        mass = mass_by_group(last, groups, modalities + 1)
+        even = torch.from_numpy(chance_of(last, groups, [*range(modalities), TEXT])[:, 0])
+        steps.append(torch.stack([mass, pad(even, (0, 1)).to(mass)], dim=1))
         return output
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ class Interval(NamedTuple):
 
 
 class Change(NamedTuple):
-    """How a measure differs between two models: after minus before, for decay and E_DDA after over before."""
+    """How a measure differs between two models: after minus before, for `FACTORS` after over before."""
 
     value: float
     low: float
@@ -34,21 +34,27 @@ def over_inputs(tally: Tally, layers: Sequence[int]) -> dict[str, Interval]:
     The delete-one jackknife: the measures are smooth functions of means over rows, and inputs, not rows, are
     independent. Its standard error is taken with Student's t on as many degrees of freedom as there are inputs less
     one; unlike the percentiles of a bootstrap this keeps its coverage with few inputs, and it needs no random numbers.
-    Decay and E_DDA are factors, and get theirs on the logarithm.
+    Lift, decay and E_DDA are factors, and get theirs on the logarithm.
     """
     value, without = on_scale(tally.means(), layers), on_scale(tally.means_without(), layers)
     result = {}
     for name in MEASURES:
         reach = _reach(without[name])
-        low, high = _from_scale(name, value[name] - reach, value[name] + reach)
-        result[name] = Interval(low if name in FACTORS else float(np.maximum(low, 0.0)), high)
+        ends = _from_scale(name, value[name] - reach, value[name] + reach)
+        result[name] = Interval(*(ends if name in FACTORS else map(float, _possible(ends, tally))))
     return result
 
 
 def of_masses(tally: Tally) -> np.ndarray:
     """(2, L, 3): the ends of the interval of every mean mass."""
-    means, reach = tally.means(), _reach(tally.means_without())
-    return np.stack([np.maximum(means - reach, 0.0), means + reach])
+    means, reach = (found[..., :3] for found in (tally.means(), _reach(tally.means_without())))
+    return _possible(np.stack([means - reach, means + reach]), tally)
+
+
+def _possible(ends: Any, tally: Tally) -> np.ndarray:
+    """No share of the attention is below 0, or above all there is of it: 1, with two softmaxes 2."""
+    whole = tally.means()[:, :3].sum(axis=1).max()
+    return np.clip(ends, 0.0, 1.0 if whole < 1.0 + 1e-3 else 2.0)
 
 
 def paired_change(before: Tally, after: Tally, layers: tuple[Sequence[int], Sequence[int]]) -> dict[str, Change]:

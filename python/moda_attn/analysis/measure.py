@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.patch import runtime_of
 from ..hf.record import AttentionCall, Recorder, recording
+from .chance import chance_masses
 from .report import BalanceReport
 from .statistics import Kind, report_of
 from .tally import Tally
@@ -46,12 +47,14 @@ class BalanceRecorder:
     Attributes:
         selections: (modality, answer rows alone) -> (B, N) bool, the query rows counted.
         sums: layer index -> for each selection (B, H, M + 1).
+        chance: layer index -> for each selection (B, M), the same at even attention.
     """
 
     def __init__(self, labels: Tensor | None):
         self.labels = labels
         self.selections: dict[Kind, Tensor] = {}
         self.sums: dict[int, dict[Kind, np.ndarray]] = {}
+        self.chance: dict[int, dict[Kind, np.ndarray]] = {}
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Called by the attention function."""
@@ -61,7 +64,11 @@ class BalanceRecorder:
             self.selections = selections(call.queries.modality, self.labels)
         output, mass = call.attend(num_modalities=call.num_modalities)
         assert mass is not None
+        even = chance_of(call, call.state.modality, range(call.num_modalities))
         self.sums[call.index] = {kind: _summed(mass, chosen) for kind, chosen in self.selections.items()}
+        self.chance[call.index] = {
+            kind: (even * chosen.cpu().numpy()[..., None]).sum(1) for kind, chosen in self.selections.items()
+        }
         return output
 
     @property
@@ -72,9 +79,25 @@ class BalanceRecorder:
     def tallies(self) -> dict[Kind, Tally]:
         """The sums, input by input, for every kind of query rows."""
         return {
-            kind: Tally.of_heads(kind[0], rows.sum(1).cpu().numpy(), [self.sums[layer][kind] for layer in self.layers])
+            kind: Tally.of_heads(
+                kind[0],
+                rows.sum(1).cpu().numpy(),
+                *([found[layer][kind] for layer in self.layers] for found in (self.sums, self.chance)),
+            )
             for kind, rows in self.selections.items()
         }
+
+
+def chance_of(call: AttentionCall, groups: Tensor, modalities: Sequence[int]) -> np.ndarray:
+    """(B, n, G): the masses of `call` on groups of keys (B, K) of these modalities, at even attention."""
+    queries = call.queries
+    return chance_masses(
+        groups.cpu().numpy(),
+        queries.modality.cpu().numpy(),
+        None if queries.key_range is None else queries.key_range.cpu().numpy(),
+        modalities=modalities,
+        combine="joint" if call.layer is None else call.layer.config.combine,
+    )
 
 
 def _summed(mass: Tensor, chosen: Tensor) -> np.ndarray:

@@ -11,31 +11,39 @@ import numpy as np
 from .student import t_quantile
 
 #: What is measured of one kind of query rows. The first three belong together and are always shown together.
-MEASURES = ("disparity", "relative_disparity", "pseudo_share", "decay", "error")
+MEASURES = ("disparity", "relative_disparity", "pseudo_share", "lift", "decay", "error")
 #: Those that are factors: their intervals are taken on the logarithm, and their change is a ratio.
-FACTORS = ("decay", "error")
+FACTORS = ("lift", "decay", "error")
 
 
 def measures(means: np.ndarray, layers: Sequence[int]) -> dict[str, np.ndarray]:
-    """All of `MEASURES`, from mean masses (..., L, 3): own modality, others, pseudo-scores. Leading shapes are kept."""
+    """All of `MEASURES`, from mean masses (..., L, 5) as `Tally.means` has them. Leading shapes are kept."""
     return {name: np.exp(value) if name in FACTORS else value for name, value in on_scale(means, layers).items()}
 
 
 def on_scale(means: np.ndarray, layers: Sequence[int]) -> dict[str, np.ndarray]:
     """The measures on the scale their errors are taken on: `FACTORS` by their logarithm, -inf for a factor of 0."""
-    own, cross, pseudo = np.moveaxis(means, -1, 0)
-    gap, visible = np.abs(own - cross), own + cross
-    # A layer whose pseudo-scores take everything shows no preference between the modalities.
-    relative = np.divide(gap, visible, out=np.zeros_like(gap), where=visible > 0)
+    own, cross, pseudo, chance_own, chance_cross = np.moveaxis(means, -1, 0)
+    gap = np.abs(own - cross)
     slope = log_slope(cross, layers)
+    at_chance = _share(chance_cross, chance_own + chance_cross).mean(axis=-1)
     return {
         "disparity": gap.mean(axis=-1),
-        "relative_disparity": relative.mean(axis=-1),
+        # A layer whose pseudo-scores take everything shows no preference between the modalities.
+        "relative_disparity": _share(gap, own + cross).mean(axis=-1),
         "pseudo_share": pseudo.mean(axis=-1),
+        "lift": _logarithm(_share(cross, own + cross).mean(axis=-1), of_zero=-np.inf) - _logarithm(at_chance),
         "decay": slope,
         # A sum of logarithms, because the product of many layers leaves the range of float64.
         "error": slope * _power(len(layers)) + _logarithm(gap, of_zero=-np.inf).sum(axis=-1),
     }
+
+
+def disparities_at_chance(means: np.ndarray) -> tuple[float, float]:
+    """``disparity`` and ``relative_disparity`` at even attention, from mean masses (L, 5)."""
+    own, cross = means[:, 3], means[:, 4]
+    gap = np.abs(own - cross)
+    return float(gap.mean()), float(_share(gap, own + cross).mean())
 
 
 def log_slope(cross: np.ndarray, layers: Sequence[int]) -> np.ndarray:
@@ -70,7 +78,7 @@ class DecayFit:
 
 
 def fit_decay(means: np.ndarray, layers: Sequence[int]) -> DecayFit:
-    """The fit behind ``decay``, from mean masses (L, 3)."""
+    """The fit behind ``decay``, from mean masses (L, 5)."""
     count, position = len(layers), _centred(layers)
     scaled = on_scale(means, layers)
     slope, log_product = float(scaled["decay"]), float(scaled["error"])
@@ -92,6 +100,11 @@ def _power(count: int) -> int:
 
 def _centred(layers: Sequence[int]) -> np.ndarray:
     return np.asarray(layers, dtype=np.float64) - np.mean(layers)
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Part over whole, 0 where there is nothing of the whole."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
 def _logarithm(mass: np.ndarray, of_zero: float = np.nan) -> np.ndarray:

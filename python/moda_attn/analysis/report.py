@@ -27,6 +27,37 @@ def modality_name(modality: int) -> str:
 
 
 @dataclass(frozen=True)
+class Chance:
+    """What even attention would give the same query rows: to every key that they see alike, nothing to pseudo-scores.
+
+    Query i sees n_i^m real keys of modality m; at chance its mass on them is n_i^m / sum_m' n_i^m' (with
+    ``combine="split"`` the sum is over the own modality, and over all others).
+
+    Attributes:
+        self_mass, cross_mass: per layer, means over rows, as those of `RowBalance`. Layers differ where they see
+            different keys, as with sliding windows.
+        disparity, relative_disparity: of these masses.
+        mass: (L, M), on the keys of each modality.
+    """
+
+    self_mass: tuple[float, ...]
+    cross_mass: tuple[float, ...]
+    disparity: float
+    relative_disparity: float
+    mass: np.ndarray = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+        return {
+            "self": list(self.self_mass),
+            "cross": list(self.cross_mass),
+            "mass": plain(self.mass),
+            "disparity": self.disparity,
+            "relative_disparity": self.relative_disparity,
+        }
+
+
+@dataclass(frozen=True)
 class RowBalance:
     """Where the query rows of one modality put their attention, layer by layer.
 
@@ -40,15 +71,19 @@ class RowBalance:
             with fewer.
         self_mass, cross_mass, pseudo_mass: per layer, mean over rows and heads of the mass on keys of the own modality,
             on keys of other modalities, and on the pseudo-scores.
+        chance: what even attention would give these rows; what the numbers below are to be held against.
         disparity: mean over layers of |self - cross|.
         relative_disparity: mean over layers of |self - cross| / (self + cross); unlike the plain one it does not fall
             merely because the pseudo-scores take mass from both.
         pseudo_share: mean over layers of the pseudo mass.
+        lift: cross-modal attention over chance: the mean over layers of cross / (self + cross), divided by the same at
+            chance. Below 1 the other modalities get less than even attention would give them; NaN where no row sees a
+            key of another modality.
         decay: gamma = exp(slope of log cross over the layers); NaN with fewer than two layers or where a layer's cross
             mass is 0.
         error: E_DDA of the paper's equation 4, the product over layers l = 1 .. L of gamma^l |self_l - cross_l|.
         decay_fit: how well the layers fix gamma, and what follows for E_DDA.
-        intervals: of each of these five the 95 % interval over the inputs; NaN with a single input.
+        intervals: of each of these six the 95 % interval over the inputs; NaN with a single input.
         mass_interval: (2, L, 3), the same for self, cross and pseudo mass.
         tally: the sums behind all of it, input by input.
     """
@@ -61,9 +96,11 @@ class RowBalance:
     self_mass: tuple[float, ...]
     cross_mass: tuple[float, ...]
     pseudo_mass: tuple[float, ...]
+    chance: Chance
     disparity: float
     relative_disparity: float
     pseudo_share: float
+    lift: float
     decay: float
     error: float
     decay_fit: DecayFit
@@ -94,6 +131,7 @@ class RowBalance:
             "mass_interval": plain(self.mass_interval),
             "mass_columns": list(self.columns),
             "mass": plain(self.mass),
+            "chance": self.chance.to_dict(),
             **{name: plain(getattr(self, name)) for name in MEASURES},
             "intervals": {name: plain(interval) for name, interval in self.intervals.items()},
             "decay_fit": {name: plain(value) for name, value in vars(self.decay_fit).items()},

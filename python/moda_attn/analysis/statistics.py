@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..errors import ModaValueError
+from .chance import chance_masses
 from .intervals import of_masses, over_inputs
-from .measures import fit_decay, measures
-from .report import BalanceReport, RowBalance
+from .measures import disparities_at_chance, fit_decay, measures
+from .report import BalanceReport, Chance, RowBalance
 from .tally import Tally
 
 #: A kind of query rows: their modality, and whether only those that predict supervised tokens are counted.
@@ -21,6 +22,7 @@ def balance_of_masses(
     query_modality: np.ndarray,
     *,
     answer_rows: np.ndarray | None = None,
+    chance: Sequence[np.ndarray] | None = None,
     layers: Sequence[int] | None = None,
     patched: bool = False,
 ) -> BalanceReport:
@@ -31,21 +33,20 @@ def balance_of_masses(
             for all layers.
         query_modality: (B, Nq), ids below M, -1 for padding, whose rows are left out.
         answer_rows: (B, Nq) bool, the queries that predict supervised tokens; None leaves out that part of the report.
+        chance: per layer (B, Nq, M), the masses at even attention, as `moda_attn.analysis.chance.chance_masses` gives
+            them; default those of causal attention of these rows to each other.
         layers: the layers' indices; default 0, 1, ...
 
     Raises:
         ModaValueError: no layer, or shapes that do not fit.
     """
     layers = tuple(range(len(masses)) if layers is None else layers)
-    return report_of(tally_masses(masses, query_modality, answer_rows, layers), layers, patched)
-
-
-def tally_masses(
-    masses: Sequence[np.ndarray], query_modality: np.ndarray, answer_rows: np.ndarray | None, layers: Sequence[int]
-) -> dict[Kind, Tally]:
-    """The sums behind a report, for every kind of query rows there is; see `balance_of_masses`."""
     query_modality = np.asarray(query_modality)
     _check(masses, query_modality, answer_rows, layers)
+    if chance is None:
+        ids = query_modality
+        chance = [chance_masses(ids, ids, modalities=range(masses[0].shape[-1] - 1))] * len(masses)
+    _check_chance(chance, masses, query_modality)
     tallies = {}
     for modality in (int(found) for found in np.unique(query_modality) if found >= 0):
         selections = {False: query_modality == modality}
@@ -57,8 +58,9 @@ def tally_masses(
                 kept = [
                     np.where(selected[:, None, :, None], mass, 0.0).sum(axis=2, dtype=np.float64) for mass in masses
                 ]
-                tallies[modality, answers_only] = Tally.of_heads(modality, selected.sum(axis=1), kept)
-    return tallies
+                even = [(masses_at_chance * selected[..., None]).sum(axis=1) for masses_at_chance in chance]
+                tallies[modality, answers_only] = Tally.of_heads(modality, selected.sum(axis=1), kept, even)
+    return report_of(tallies, layers, patched)
 
 
 def join_tallies(parts: Sequence[Mapping[Kind, Tally]]) -> dict[Kind, Tally]:
@@ -85,7 +87,7 @@ def report_of(tallies: Mapping[Kind, Tally], layers: Sequence[int], patched: boo
 def row_balance(tally: Tally, layers: Sequence[int], answers_only: bool) -> RowBalance:
     """Everything said of one kind of query rows."""
     means = tally.means()
-    own, cross, pseudo = means.T.tolist()
+    own, cross, pseudo, chance_own, chance_cross = (tuple(column) for column in means.T.tolist())
     values = {name: float(value) for name, value in measures(means, layers).items()}
     return RowBalance(
         modality=tally.modality,
@@ -93,20 +95,16 @@ def row_balance(tally: Tally, layers: Sequence[int], answers_only: bool) -> RowB
         rows=int(tally.rows.sum()),
         inputs=int((tally.rows > 0).sum()),
         mass=tally.by_head(),
-        self_mass=tuple(own),
-        cross_mass=tuple(cross),
-        pseudo_mass=tuple(pseudo),
+        self_mass=own,
+        cross_mass=cross,
+        pseudo_mass=pseudo,
+        chance=Chance(chance_own, chance_cross, *disparities_at_chance(means), tally.chance_by_key()),
         **values,
         decay_fit=fit_decay(means, layers),
         intervals=over_inputs(tally, layers),
         mass_interval=of_masses(tally),
         tally=tally,
     )
-
-
-def _summed(mass: np.ndarray, selected: np.ndarray) -> np.ndarray:
-    """(B, H, N, M + 1) over the rows selected (B, N): (B, H, M + 1). Other rows may hold anything."""
-    return np.where(selected[:, None, :, None], mass, 0.0).sum(axis=2, dtype=np.float64)
 
 
 def _check(
@@ -133,3 +131,10 @@ def _check(
         raise ModaValueError(
             f"answer_rows has shape {answer_rows.shape}; {query_modality.shape} wanted, as query_modality"
         )
+
+
+def _check_chance(chance: Sequence[np.ndarray], masses: Sequence[np.ndarray], query_modality: np.ndarray) -> None:
+    wanted = (*query_modality.shape, masses[0].shape[-1] - 1)
+    shapes = [np.shape(of_layer) for of_layer in chance]
+    if shapes != [wanted] * len(masses):
+        raise ModaValueError(f"chance has shapes {shapes}; {wanted}, (B, Nq, M), wanted for each of {len(masses)} layers")

@@ -16,6 +16,7 @@ MEASURE_NAMES = {
     "disparity": "disparity",
     "relative_disparity": "relative disparity",
     "pseudo_share": "pseudo share",
+    "lift": "cross lift",
     "decay": "decay γ",
     "error": "E_DDA",
 }
@@ -26,12 +27,17 @@ def balance_table(report: BalanceReport) -> str:
     lines = [f"Attention balance, {'patched' if report.patched else 'unpatched'} model, {len(report.layers)} layers"]
     for row in report.every:
         inputs = f" of {row.inputs} inputs" if row.inputs > 1 else ""
-        lines += ["", f"{row.name}: {row.rows} query rows{inputs}", "  layer    self   cross  pseudo  |self-cross|"]
+        lines += ["", f"{row.name}: {row.rows} query rows{inputs}", "   layer    self   cross  pseudo  |self-cross|"]
         masses = zip(report.layers, row.self_mass, row.cross_mass, row.pseudo_mass, strict=True)
-        for layer, own, cross, pseudo in masses:
-            lines.append(f"  {layer:5d}  {own:6.3f}  {cross:6.3f}  {pseudo:6.3f}  {abs(own - cross):12.3f}")
-        lines += [*_factors(row), _shares(row)]
+        lines += [_masses(layer, own, cross, pseudo, abs(own - cross)) for layer, own, cross, pseudo in masses]
+        chance = row.chance
+        means = (sum(by_layer) / len(by_layer) for by_layer in (chance.self_mass, chance.cross_mass))
+        lines += [_masses("chance", *means, 0.0, chance.disparity), *_factors(row), _shares(row)]
     return "\n".join(lines)
+
+
+def _masses(layer: int | str, own: float, cross: float, pseudo: float, gap: float) -> str:
+    return f"  {layer:>6}  {own:6.3f}  {cross:6.3f}  {pseudo:6.3f}  {gap:12.3f}"
 
 
 def _shares(row: RowBalance) -> str:
@@ -48,7 +54,7 @@ def _factors(row: RowBalance) -> list[str]:
         ("decay", "decay", ".3f", (fit.low, fit.high)),
         ("E_DDA", "error", ".2e", (fit.error_low, fit.error_high)),
     )
-    lines = []
+    lines = [f"  cross lift {row.lift:.3f}{_bracket(row.intervals['lift'], '.3f')}"]
     for title, name, form, by_fit in cells:
         over = _bracket(row.intervals[name], form)
         both = f"{_bracket(by_fit, form)} by the fit,{over} over inputs" if over else _bracket(by_fit, form)
@@ -69,6 +75,8 @@ def comparison_table(comparison: BalanceComparison) -> str:
             one, other = (value_text(name, getattr(balance, name)) for balance in (row.before, row.after))
             label = f"  {row.name if place == 0 else '':<{width}}  {title:<18}"
             lines.append(f"{label}  {one:>9} → {other:>9}   {change_text(name, row.changes[name])}")
+        one, other = (value_text("disparity", balance.chance.disparity) for balance in (row.before, row.after))
+        lines.append(f"  {'':<{width}}  {'chance disparity':<18}  {one:>9} → {other:>9}")
     return "\n".join(lines)
 
 
@@ -76,7 +84,7 @@ def value_text(name: str, value: float) -> str:
     """A share in per cent, a factor as it is, a dash where there is none."""
     if math.isnan(value):
         return "–"
-    return f"{100 * value:.2f} %" if name not in FACTORS else f"{value:.3f}" if name == "decay" else f"{value:.2e}"
+    return f"{100 * value:.2f} %" if name not in FACTORS else f"{value:.2e}" if name == "error" else f"{value:.3f}"
 
 
 def change_text(name: str, change: Change) -> str:

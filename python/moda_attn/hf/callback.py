@@ -26,8 +26,8 @@ class BalanceCallback(TrainerCallback):
     At the start and after every `every` optimizer steps one forward pass over a fixed batch is made, in evaluation mode
     and without gradients; the modes of the modules, torch's random state and gradients are as before. It goes through
     the Trainer's own ``log``: to TensorBoard, to W&B and to ``state.log_history``, under ``balance/text/disparity``,
-    ``.../relative_disparity``, ``.../pseudo_share``, ``.../gamma`` (left out where it has no value) and the same for
-    every other modality; for the answer rows alone ``balance/text_answers/...``.
+    ``.../relative_disparity``, ``.../pseudo_share``, ``.../lift`` and ``.../gamma`` (these two left out where they have
+    no value) and the same for every other modality; for the answer rows alone ``balance/text_answers/...``.
 
     With several processes each makes the pass, which sharded parameters need, and the first one's numbers are reported.
     A batch of as many tokens as a training step costs about a third of it, 0.7 % with ``every=50``: choose fewer.
@@ -92,6 +92,7 @@ def logged(report: BalanceReport) -> dict[str, float]:
             "disparity": balance.disparity,
             "relative_disparity": balance.relative_disparity,
             "pseudo_share": balance.pseudo_share,
+            "lift": balance.lift,
             "gamma": balance.decay,
         }
         logs |= {f"balance/{name}/{what}": value for what, value in numbers.items() if math.isfinite(value)}

@@ -83,20 +83,19 @@ def of_answers(answers: Sequence[Answer]) -> list[str]:
     """Where the tokens of generated answers looked."""
     figures = []
     for place, answer in enumerate(answers):
-        columns, shares = answer.balance.columns, shares_of(answer.balance)
-        image = shares[:, VISION] if len(shares) else np.zeros(1)
+        image, chance = shares_of(answer.balance)[..., VISION]
+        count = len(image)
+        first, last = (image[0], image[-1]) if count else (0.0, 0.0)
         alt = (
-            f"{len(shares)} generated tokens; mass on the image {image[0]:.0%} for the first and {image[-1]:.0%} for"
-            f" the last, {image.mean():.0%} on average"
+            f"{count} generated tokens; mass on the image {first:.0%} for the first and {last:.0%} for the last,"
+            f" {image.mean() if count else 0:.0%} on average, where chance gives {chance.mean() if count else 0:.0%}"
         )
 
-        def draw(
-            axes: Axes, answer: Answer = answer, shares: np.ndarray = shares, names: Sequence[str] = columns
-        ) -> None:
-            draw_generation(axes, shares, names, LIGHT, answer.words)
+        def draw(axes: Axes, answer: Answer = answer) -> None:
+            draw_generation(axes, answer.balance, LIGHT, answer.words)
             legend_above([axes])
 
-        wide = len(shares) > NARROW
+        wide = count > NARROW
         size = (WIDE if wide else GENERATION[0], GENERATION[1])
         figure = _titled(f"g{place}", size, (answer.title, alt), draw)
         figures.append(figure.replace("<figure>", '<figure class="wide" tabindex="0">', 1) if wide else figure)

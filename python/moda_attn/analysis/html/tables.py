@@ -12,7 +12,7 @@ from ..table import MEASURE_NAMES
 from . import words
 
 if TYPE_CHECKING:
-    from ..compare import BalanceComparison
+    from ..compare import BalanceComparison, RowComparison
     from ..intervals import Change
     from ..report import BalanceReport, RowBalance
 
@@ -28,11 +28,11 @@ def of_measures(report: BalanceReport) -> str:
                 fit = row.decay_fit
                 by_fit = (fit.low, fit.high) if name == "decay" else (fit.error_low, fit.error_high)
                 intervals = _interval(name, by_fit, " by the fit") + intervals
-            lines.append(
-                _row(row.name.capitalize(), f"<td>{_strong(_value(name, getattr(row, name)))}{intervals}</td>")
-            )
-        bodies.append(_body(name, 2, lines))
-    return _table(f"{_counts(report.every)}. Below the values: 95 % intervals", ("queries of", "value"), bodies)
+            cells = f"<td>{_strong(_value(name, getattr(row, name)))}{intervals}</td><td>{_at_chance(name, row)}</td>"
+            lines.append(_row(row.name.capitalize(), cells))
+        bodies.append(_body(name, 3, lines))
+    caption = f"{_counts(report.every)}. Below the values: 95 % intervals"
+    return _table(caption, ("queries of", "value", "at chance"), bodies)
 
 
 def of_changes(result: BalanceComparison) -> str:
@@ -43,7 +43,7 @@ def of_changes(result: BalanceComparison) -> str:
         for row in result.rows:
             values = (_strong(_value(name, getattr(balance, name))) for balance in (row.before, row.after))
             cells = "".join(f"<td>{value}</td>" for value in (*values, _change(name, row.changes[name])))
-            lines.append(_row(row.name.capitalize(), cells))
+            lines.append(_row(row.name.capitalize(), cells, _both_at_chance(name, row)))
         bodies.append(_body(name, 4, lines))
     caption = f"{_counts(result.before.every)}. Below the changes: 95 % intervals over the inputs"
     return _table(caption, ("queries of", *result.names, "change"), bodies)
@@ -51,11 +51,27 @@ def of_changes(result: BalanceComparison) -> str:
 
 def of_layers(row: RowBalance, layers: Sequence[int], title: str) -> str:
     """The masses of every layer."""
+    masses = (row.self_mass, row.cross_mass, row.pseudo_mass, row.chance.self_mass, row.chance.cross_mass)
     lines = [
-        f'<tr><th scope="row">{layer}</th><td>{own:.3f}</td><td>{cross:.3f}</td><td>{pseudo:.3f}</td></tr>'
-        for layer, own, cross, pseudo in zip(layers, row.self_mass, row.cross_mass, row.pseudo_mass, strict=True)
+        _row(str(layer), "".join(f"<td>{mass:.3f}</td>" for mass in of_layer))
+        for layer, *of_layer in zip(layers, *masses, strict=True)
     ]
-    return _table(title, ("layer", "self", "cross", "pseudo"), [f"<tbody>{''.join(lines)}</tbody>"])
+    titles = ("layer", "self", "cross", "pseudo", "self at chance", "cross at chance")
+    return _table(title, titles, [f"<tbody>{''.join(lines)}</tbody>"])
+
+
+def _at_chance(name: str, row: RowBalance) -> str:
+    """What even attention would give; a dash where that says nothing."""
+    known = {"disparity": row.chance.disparity, "relative_disparity": row.chance.relative_disparity, "lift": 1.0}
+    return _value(name, known[name]) if name in known else "–"
+
+
+def _both_at_chance(name: str, row: RowComparison) -> str:
+    """The same of two models; once where they agree, as on the same inputs."""
+    before, after = (_at_chance(name, balance) for balance in (row.before, row.after))
+    if (before, after) == ("–", "–"):
+        return ""
+    return f"at chance {before}" if before == after else f"at chance {before} → {after}"
 
 
 def _counts(rows: Iterable[RowBalance]) -> str:
@@ -75,8 +91,9 @@ def _body(name: str, width: int, lines: Iterable[str]) -> str:
     return f'<tbody><tr><th class="note" scope="rowgroup" colspan="{width}">{heading}</th></tr>{"".join(lines)}</tbody>'
 
 
-def _row(title: str, cells: str) -> str:
-    return f'<tr><th scope="row">{escape(title)}</th>{cells}</tr>'
+def _row(title: str, cells: str, note: str = "") -> str:
+    below = f'<span class="interval">{note}</span>' if note else ""
+    return f'<tr><th scope="row">{escape(title)}{below}</th>{cells}</tr>'
 
 
 def _strong(text: str) -> str:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 OF_MEASURE = {
     "disparity": (
         "Mean over the layers of |self − cross|. At 0 % these queries look at their own modality as much as at the"
-        " others, at 100 % at one side only. Even attention does not give 0 %: a prompt with many more keys of one kind"
-        " starts far from it."
+        " others, at 100 % at one side only. Chance, that is even attention to every key that a query sees, is not 0 %:"
+        " a prompt with many more keys of one kind starts far from it."
     ),
     "relative_disparity": (
         "The same as a share of the mass that lies on keys. Pseudo-scores take from both sides and lower the plain"
@@ -23,6 +23,10 @@ OF_MEASURE = {
     ),
     "pseudo_share": (
         "Mass on the pseudo-scores, which carry no value; 0 % in an unpatched model. Read both disparities with it."
+    ),
+    "lift": (
+        "The attention on other modalities over what chance would put there: below 1 they get less than their number of"
+        " keys would bring them, above 1 more. Pseudo-scores are left out on both sides."
     ),
     "decay": (
         "γ, the factor by which the mass on other modalities changes from one layer to the next: 1 is level, less is"
@@ -35,6 +39,11 @@ OF_MEASURE = {
 }
 
 TRAPS = (
+    (
+        "Hold it against chance.",
+        "Chance is even attention to every key that a query sees: it follows from the prompt and the mask alone. A large"
+        " disparity at chance is the make-up of the prompt; only what lies beyond it is the model’s doing.",
+    ),
     ("Look at all three together.", "A patch that lowers only the plain disparity has balanced nothing."),
     (
         "A causal mask has a say.",
@@ -51,7 +60,8 @@ TRAPS = (
 
 PROFILE = (
     "Layer by layer, the share of their attention that these queries give to keys of their own modality (blue, solid),"
-    " to the other modalities (orange, dashed), and to the pseudo-scores (grey, dotted; only where there are some)."
+    " to the other modalities (orange, dashed), and to the pseudo-scores (grey, dotted; only where there are some). The"
+    " thin lines of the same colours are chance: even attention to every key that a query sees."
 )
 BANDS = " Bands are 95 % intervals over the inputs."
 HEADS = (
@@ -65,8 +75,9 @@ IMAGE = (
 )
 GENERATION = (
     "Every bar is a generated token, and shows where attention went when it was chosen, as a mean over layers and"
-    " heads. Attention to the image usually falls as the answer grows, because what was generated is there to be looked"
-    " at; an answer whose words about the picture are chosen without looking at it deserves mistrust."
+    " heads. The black mark is chance, the image’s share if attention were even: it falls as the answer grows, because"
+    " what was generated is there to be looked at too. An answer whose words about the picture are chosen without"
+    " looking at it deserves mistrust."
 )
 KEYS = (
     "The keys of text and of vision, layer by layer: how alike the bases are that alignment works with (1 is alike),"

@@ -40,24 +40,32 @@ def generation(
     with drawing(theme):
         figure = new_figure(min(11.0, max(4.8, 2.0 + 0.26 * balance.mass.shape[2])), 3.3)
         axes = figure.add_subplot()
-        draw_generation(axes, shares_of(balance, row, layers), balance.columns, theme, words)
+        draw_generation(axes, balance, theme, words, row=row, layers=layers)
         legend_above([axes])
     return figure
 
 
 def shares_of(balance: GenerationBalance, row: int = 0, layers: Sequence[int] | None = None) -> np.ndarray:
-    """(T, M + 2) of one batch row, means over layers, without what lies after its end."""
-    chosen = balance.mass if layers is None else balance.mass[list(layers)]
-    shares = chosen[:, row].mean(axis=0)
-    return shares[np.isfinite(shares).all(axis=-1)]
+    """(2, T, M + 2) of one batch row, measured and at chance; means over layers, without what lies after its end."""
+    both = np.stack([balance.mass, balance.chance])[:, :, row]
+    shares = (both if layers is None else both[:, list(layers)]).mean(axis=1)
+    return shares[:, np.isfinite(shares[0]).all(axis=-1)]
 
 
 def draw_generation(
-    axes: Axes, shares: np.ndarray, columns: Sequence[str], theme: Theme, words: Sequence[str] | None = None
+    axes: Axes,
+    balance: GenerationBalance,
+    theme: Theme,
+    words: Sequence[str] | None = None,
+    *,
+    row: int = 0,
+    layers: Sequence[int] | None = None,
 ) -> None:
-    """A bar a token; from below: image, other modalities, prompt's text, generated before, pseudo-scores."""
+    """A bar a token; from below: image, other modalities, prompt's text, generated before, pseudo-scores. A mark shows
+    where the image's share would end at chance."""
     from matplotlib.ticker import MaxNLocator
 
+    (shares, chance), columns = shares_of(balance, row, layers), balance.columns
     if words is not None and len(words) != len(shares):
         raise ModaValueError(f"{len(words)} words for {len(shares)} generated tokens; one for each wanted")
     last = len(columns) - 1
@@ -80,6 +88,7 @@ def draw_generation(
             edgecolor=theme.paper, linewidth=0.6 if apart else 0.0,
         )  # fmt: skip
         below = below + part
+    axes.hlines(chance[:, VISION], place - 0.5, place + 0.5, color=theme.ink, lw=1.2, label="image at chance")
     share_axis(axes, max(1.0, float(below.max(initial=0.0))))
     # A short answer gets slim bars, not wide ones.
     axes.set_xlim(0.4, max(len(shares), 8) + 0.6)

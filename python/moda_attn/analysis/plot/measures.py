@@ -19,7 +19,8 @@ SHOWN = (("disparity", "disparity"), ("relative_disparity", "relative disparity"
 
 
 def measures(result: BalanceComparison, *, style: str = "light") -> Figure:
-    """The three measures that belong together, before (hollow) and after (full), with their intervals."""
+    """The three measures that belong together, before (hollow) and after (full), with their intervals; a bar
+    marks the disparity at chance."""
     theme = theme_of(style)
     with drawing(theme):
         figure = new_figure(4.4, 0.75 + 0.86 * len(result.rows))
@@ -46,6 +47,10 @@ def draw_measures(axes: Axes, result: BalanceComparison, theme: Theme) -> None:
                 if np.isfinite(low) and high - low > 0:
                     axes.plot([low, high], [height] * 2, color=theme.own, lw=1.2, zorder=2)
                 axes.plot(value, height, "o", ms=6, color=theme.own, mfc=face, mew=1.5, zorder=3, clip_on=False)
+            for balance in (row.before, row.after):
+                at_chance = getattr(balance.chance, name, None)  # the pseudo share has none
+                if at_chance is not None:
+                    axes.plot(at_chance, height, "|", ms=13, mew=1.5, color=theme.muted, zorder=2, clip_on=False)
             ticks.append(height)
             names.append(title)
     axes.set_yticks(ticks, names)
@@ -59,4 +64,5 @@ def draw_measures(axes: Axes, result: BalanceComparison, theme: Theme) -> None:
         Line2D([], [], marker="o", ls="", color=theme.own, mfc=face, ms=6, mew=1.5, label=name)
         for face, name in zip((theme.paper, theme.own), result.names, strict=True)
     ]
-    axes.figure.legend(handles=handles, loc="outside upper left", ncols=2, handletextpad=0.2, columnspacing=1.5)
+    handles.append(Line2D([], [], marker="|", ls="", color=theme.muted, ms=11, mew=1.5, label="at chance"))
+    axes.figure.legend(handles=handles, loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.5)

@@ -23,6 +23,8 @@ MARKED = 20
 def profile(report: BalanceReport, *, style: str = "light") -> Figure:
     """Mass on the own and on other modalities and on the pseudo-scores over the layers, a panel a kind of query rows.
 
+    Thin lines are chance, what even attention to all keys that a query sees would give.
+
     Bands are 95 % intervals over the inputs; a single input has none.
     """
     theme = theme_of(style)
@@ -59,7 +61,10 @@ def title_of(row: RowBalance) -> str:
 
 
 def draw_profile(axes: Axes, layers: tuple[int, ...], row: RowBalance, theme: Theme) -> None:
-    """The three masses as lines with their bands."""
+    """The three masses as lines with their bands, and thin ones for chance."""
+    for masses, colour in ((row.chance.self_mass, theme.own), (row.chance.cross_mass, theme.cross)):
+        axes.plot(layers, masses, color=colour, lw=0.9, marker="_" if len(layers) == 1 else None, ms=14)
+    axes.plot([], [], color=theme.muted, lw=0.9, label="at chance")
     lines = (
         ("own modality", row.self_mass, theme.own, "-", "o"),
         ("others", row.cross_mass, theme.cross, (0, (4, 1.6)), "s"),
