@@ -112,6 +112,22 @@ def test_the_balance_is_logged_at_every_step_of_a_distributed_training(results: 
     assert logs[-1]["balance/text/disparity"] != logs[0]["balance/text/disparity"]
 
 
+def test_the_first_fsdp_logs_the_same_balance(results: dict[str, Any]):
+    logs = results["trainer/fsdp1"]
+    assert isinstance(logs, list), logs
+    for entry, other in zip(logs, results["trainer"], strict=True):
+        assert entry["step"] == other["step"]
+        for name in (name for name in other if name.startswith("balance/")):
+            assert entry[name] == pytest.approx(other[name], abs=1e-5)
+
+
+@pytest.mark.parametrize("case", ["fsdp1/balance", "fsdp1/balance of an unpatched model"])
+def test_the_balance_in_the_first_fsdp(case: str, results: dict[str, Any]):
+    whole, sharded, layers = results[case]
+    assert sharded == pytest.approx(whole, abs=1e-6)
+    assert layers == 3
+
+
 def test_the_balance_of_a_sharded_model(results: dict[str, Any]):
     x = two_ranks.share(two_ranks.BATCHES["images"][0], 0, (1, 1))
     whole = moda_attn.attention_balance(two_ranks.build(), **x)
@@ -124,6 +140,7 @@ def test_the_balance_of_a_sharded_model(results: dict[str, Any]):
         ("ddp/applied late", "ModaRuntimeError: DistributedDataParallel does not know MODA's parameters"),
         ("fsdp/applied late", "ModaValueError: the model's weights are sharded"),
         ("fsdp/removed", "ModaValueError: FSDP holds MODA's parameters"),
+        ("fsdp1/generation", "ModaValueError: FullyShardedDataParallel does not gather its parameters in generate"),
     ],
 )
 def test_the_wrong_order_raises(case: str, message: str, results: dict[str, Any]):

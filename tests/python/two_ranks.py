@@ -11,6 +11,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 import moda_attn
 import tiny
 from moda_attn import ModaConfig
+from moda_attn.analysis import generation_balance
 
 WORLD = 2
 STEPS = 3
@@ -109,7 +112,20 @@ def shard(model: nn.Module, *, own_parts: bool = False, policy: MixedPrecisionPo
     return fully_shard(model, **options)
 
 
-def watched_by_the_trainer(rank: int, folder: Path) -> list[dict[str, Any]]:
+def fsdp1(model: nn.Module) -> nn.Module:
+    """In torch's first FSDP, each layer of the decoder by itself."""
+    layers = {type(layer) for layer in model.model.language_model.layers}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls itself deprecated
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls=layers),
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+        )
+
+
+def watched_by_the_trainer(rank: int, folder: Path, *, fsdp: bool = False) -> list[dict[str, Any]]:
     """What the Trainer has logged of the attention balance, measured at every step of a distributed training."""
     from transformers import Trainer, TrainingArguments
 
@@ -121,11 +137,26 @@ def watched_by_the_trainer(rank: int, folder: Path) -> list[dict[str, Any]]:
     whole = rows("TTITTT", "TITTTT")
     data = [{name: tensor[row] for name, tensor in whole.items()} for row in range(WORLD)]
     settings = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 1}
+    settings["max_grad_norm"] = 0.0  # of a shard it would be another norm
     arguments = TrainingArguments(output_dir=str(folder / "run"), use_cpu=True, max_steps=STEPS, **settings)
-    trainer = Trainer(build(), arguments, train_dataset=data)
+
+    class Sharding(Trainer):
+        """As the Trainer itself does with the first FSDP, which accelerate offers on GPUs alone."""
+
+        def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            wrapped, self.optimizer = fsdp1(model), None
+            self.create_optimizer(wrapped)
+            return wrapped
+
+        def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+            prepared = super()._prepare_for_training(*args, **kwargs)
+            self.model = self.model_wrapped
+            return prepared
+
+    trainer = (Sharding if fsdp else Trainer)(build(), arguments, train_dataset=data)
     trainer.add_callback(BalanceCallback(trainer, whole, every=1))
     trainer.train()
-    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    assert isinstance(trainer.model_wrapped, FullyShardedDataParallel if fsdp else DistributedDataParallel)
     return [entry for entry in trainer.state.log_history if "balance/text/disparity" in entry]
 
 
@@ -189,7 +220,16 @@ def fsdp_cases(rank: int, folder: Path) -> dict[str, Callable[[], Any]]:
         moda_attn.apply(model)
 
     grid = {f"fsdp/{batch}/{name}": partial(trained, batch, name) for batch, name in GRID}
+    def balance_in_fsdp1(model: nn.Module) -> list[float]:
+        """Of a model and, sharded by the first FSDP, of the same one; and the layers that were found."""
+        whole = moda_attn.attention_balance(model, **x)
+        sharded = moda_attn.attention_balance(fsdp1(model), **x)
+        return [whole.of(0).disparity, sharded.of(0).disparity, len(sharded.layers)]
+
     return grid | {
+        "fsdp1/balance": lambda: balance_in_fsdp1(build()),
+        "fsdp1/balance of an unpatched model": lambda: balance_in_fsdp1(tiny.build()),
+        "fsdp1/generation": lambda: generation_balance(fsdp1(build()), **x, max_new_tokens=2),
         "fsdp/reentrant checkpoints": lambda: train(shard(checkpointed(build(), True)), x),
         "fsdp/checkpoints": lambda: train(shard(checkpointed(build(), False)), x),
         "fsdp/own parts": lambda: train(shard(build(), own_parts=True), x),
@@ -206,7 +246,8 @@ def main(rank: int, store: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     results: dict[str, Any] = {}
-    cases = {**ddp_cases(rank), **fsdp_cases(rank, folder), "trainer": partial(watched_by_the_trainer, rank, folder)}
+    watched = partial(watched_by_the_trainer, rank, folder)
+    cases = {**ddp_cases(rank), **fsdp_cases(rank, folder), "trainer": watched, "trainer/fsdp1": partial(watched, fsdp=True)}
     for name, case in cases.items():
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             try:

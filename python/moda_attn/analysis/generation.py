@@ -16,6 +16,7 @@ from .._checks import compute_dtype
 from ..config import PADDING, TEXT, VISION
 from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.record import AttentionCall, recording
+from ..hf.wrappers import in_fsdp1
 from .measure import chance_of, is_patched, undisturbed
 from .report import modality_name, plain, write_json
 
@@ -103,7 +104,7 @@ def generation_balance(model: nn.Module, *, max_new_tokens: int, **inputs: Any) 
 
     Raises:
         ModaValueError: a way of generating in which a call of the model is not about one token: assisted decoding,
-            prompt look-up, a prompt in pieces.
+            prompt look-up, a prompt in pieces; or a model inside of the first FSDP, which cannot generate.
     """
     settings: Any = inputs.get("generation_config") or getattr(model, "generation_config", None)
     for name in _SEVERAL_AT_ONCE:
@@ -116,6 +117,8 @@ def generation_balance(model: nn.Module, *, max_new_tokens: int, **inputs: Any) 
         arguments["output_scores"] = True  # brings the beams' way with it
     prompt = [inputs["input_ids"]] if inputs.get("input_ids") is not None else []
     vision_language: Any = model
+    if in_fsdp1(model):
+        raise ModaValueError("FullyShardedDataParallel does not gather its parameters in generate; use fully_shard")
     with undisturbed(model), recording(model, StepRecorder()) as recorder:
         output = vision_language.generate(*prompt, **arguments)
 

@@ -21,6 +21,7 @@ from ..hf.ids import context_of
 from ..hf.patch import moda_layers
 from ..hf.placement import copy_in_use
 from ..hf.record import AttentionCall
+from ..hf.wrappers import unwrapped
 from .measure import forward, is_patched
 from .report import modality_name, plain, write_json
 
@@ -120,8 +121,7 @@ class KeyRecorder:
     @contextmanager
     def listening(self, model: Any) -> Iterator[None]:
         """Keep, inside the block, the keys that every aligner of the model is given."""
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        layers = {index: copy_in_use(layer) for index, layer in moda_layers(base).items()}
+        layers = {index: copy_in_use(layer) for index, layer in moda_layers(unwrapped(model)).items()}
         handles = [
             layer.register_forward_pre_hook(lambda module, given: self.raw.update({module: given[0]}))
             for layer in layers.values()

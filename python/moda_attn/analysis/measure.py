@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.patch import runtime_of
 from ..hf.record import AttentionCall, Recorder, recording
+from ..hf.wrappers import unwrapped
 from .chance import chance_masses
 from .report import BalanceReport
 from .statistics import Kind, report_of
@@ -161,7 +162,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.rope_deltas = delta
 
 
-def is_patched(model: Any) -> bool:
-    """Whether the model, or the one inside a PEFT model, is patched."""
-    runtime = runtime_of(model.get_base_model() if hasattr(model, "peft_config") else model)
+def is_patched(model: nn.Module) -> bool:
+    """Whether the model, or the one inside its wrappers, is patched."""
+    runtime = runtime_of(unwrapped(model))
     return runtime is not None and runtime.config is not None

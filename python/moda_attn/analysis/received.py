@@ -14,6 +14,7 @@ from .._checks import compute_dtype
 from ..config import TEXT
 from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.record import AttentionCall
+from ..hf.wrappers import unwrapped
 from .grid import ImageTokens, image_tokens
 from .measure import forward, is_patched, selections
 from .report import modality_name, plain
@@ -116,11 +117,12 @@ def received_attention(model: nn.Module, **inputs: Any) -> ReceivedAttention:
     stacked = np.stack([recorder.received[layer] for layer in layers], axis=1)
     assert recorder.modality is not None
     modality = recorder.modality.cpu().numpy()
+    config: Any = unwrapped(model).config
     return ReceivedAttention(
         layers,
         modality,
         dict(zip(recorder.selections, stacked, strict=True)),
-        image_tokens(model.config, inputs, modality),
+        image_tokens(config, inputs, modality),
         is_patched(model),
     )
 

@@ -27,7 +27,7 @@ from .placement import home_of
 from .registry import UNKNOWN, MediaTokens, family_of
 from .runtime import Runtime
 from .structure import Structure, find_structure
-from .wrappers import refuse_removal
+from .wrappers import refuse_removal, unwrapped
 
 if TYPE_CHECKING:
     from .._typing import PatchedAttention, TextAttention, VisionLanguageModel
@@ -158,8 +158,7 @@ def moda_layers(model: nn.Module) -> dict[int, ModaLayer]:
 @contextmanager
 def watching(model: nn.Module) -> Iterator[Runtime]:
     """Have the text decoder use our attention function inside the block, whatever state the model is in."""
-    if hasattr(model, "peft_config"):
-        model = cast("VisionLanguageModel", model).get_base_model()
+    model = unwrapped(model)
     runtime = runtime_of(model)
     if runtime is None:
         runtime = _install(model, find_structure(model), None, {}, use_kernel=True)

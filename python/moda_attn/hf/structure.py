@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ModaTypeError, ModaValueError
+from .wrappers import FSDP1_INNER
 
 if TYPE_CHECKING:
     from .._typing import TextAttention, VisionLanguageModel
@@ -125,6 +126,7 @@ def _survey(layers: nn.ModuleList) -> tuple[str, tuple[int, ...], dict[int, str]
     skipped: dict[int, str] = {}
     for index, layer in enumerate(layers):
         reasons = []
+        layer = getattr(layer, FSDP1_INNER, layer)
         for name, child in layer.named_children():
             kind: Any = type(child)
             reason = _why_no_seam(kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -10,6 +11,23 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import ModaRuntimeError, ModaValueError
 from ..layer import ModaLayer
 from .placement import is_sharded
+
+
+#: Under which the first FSDP (`FullyShardedDataParallel`, torch's `fully_shard` is the second) keeps what it wraps.
+FSDP1_INNER = "_fsdp_wrapped_module"
+
+
+def in_fsdp1(module: nn.Module) -> bool:
+    """Whether `module` is a wrapper of the first FSDP; told by its part, so that FSDP need not be imported."""
+    return FSDP1_INNER in dict(module.named_children())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model of transformers inside what DistributedDataParallel, the first FSDP and PEFT put around it."""
+    inner: Any = model
+    while isinstance(inner, DistributedDataParallel) or in_fsdp1(inner):
+        inner = inner.module
+    return inner.get_base_model() if hasattr(inner, "peft_config") else inner
 
 
 def refuse_lost_parameters(model: nn.Module, layers: Collection[nn.Module]) -> None:
