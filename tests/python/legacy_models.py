@@ -74,6 +74,9 @@ class Merging(LLAMA.LlamaForCausalLM):
     def get_model(self) -> nn.Module:
         return self.model
 
+    def get_vision_tower(self) -> nn.Module:
+        return self.model.vision_tower
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -167,6 +170,10 @@ class LlavaLlamaForCausalLM(Merging):
 
 class CambrianLlamaForCausalLM(Merging):
     """Cambrian's signature: a list of images, one entry a tower; four more results; unpadding and newline tokens."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        config.image_token_len = 16
 
     def prepare_inputs_labels_for_multimodal(
         self,

@@ -29,8 +29,7 @@ def dense(groups: np.ndarray, queries: np.ndarray, visible: np.ndarray, modaliti
             same = [
                 other
                 for other in seen
-                if not split
-                or (modalities[other] == queries[row, query]) == (modalities[group] == queries[row, query])
+                if not split or (modalities[other] == queries[row, query]) == (modalities[group] == queries[row, query])
             ]
             result[row, query, group] += 1 / len(same)
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,7 @@ from torch import nn
 import moda_attn
 import tiny
 from moda_attn.analysis import attention_balance, generation_balance, key_space, received_attention
-from moda_attn.analysis.grid import image_tokens
 from moda_attn.config import TEXT, VISION
-from moda_attn.errors import ModaValueError
 
 IMAGE_TOKENS, TEXT_TOKENS = 4, 6
 #: Of text rows behind the image: keys of each modality that row i sees.
@@ -88,45 +85,6 @@ def test_what_the_image_receives_is_what_the_balance_says_it_gets(dtype: torch.d
     mean = np.average(by_row, axis=0, weights=rows)
     # The layers of a bfloat16 model round what the next one is given, each measurement its own way.
     assert mean == pytest.approx(balance.cross_mass, abs=1e-5 if dtype == torch.float32 else 0.02)
-
-
-def test_an_image_without_a_grid_says_so():
-    model, x = tiny.build("llava-next-llama"), tiny.inputs("llava-next-llama", "TIT")
-    received = received_attention(model, **x)
-    assert received.images[0][0].grid is None
-    with pytest.raises(ModaValueError, match="10 tokens, and how they lie is not known"):
-        received.heat_map()
-    with pytest.raises(ModaValueError, match=r"how they lie is \(1, 2, 2\)"):
-        received.heat_map(grid=(1, 2, 2))
-    assert received.heat_map(grid=(1, 2, 5)).shape == (3, 2, 5)
-    with pytest.raises(KeyError, match="answer query rows of text"):
-        received.of(TEXT, answers_only=True)
-    assert received.to_dict()["images"][0][0]["grid"] is None
-
-
-@pytest.mark.parametrize("family", ["qwen2-vl", "mistral3", "gemma3", "paligemma"])
-def test_the_grid_is_read_off_inputs_or_configuration(family: str):
-    model, x = tiny.build(family), tiny.inputs(family, ["TITIT", "TTIT"])
-    received = received_attention(model, **x)
-    assert [[image.grid for image in row] for row in received.images] == [[(1, 2, 2)] * 2, [(1, 2, 2)]]
-    columns = np.concatenate([image.columns for image in received.images[0]])
-    assert np.array_equal(columns, np.flatnonzero(received.modality[0] == VISION))
-
-
-def test_grids_of_images_of_other_shapes_and_of_views():
-    modality = np.array([[0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
-    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
-    grids = torch.tensor([[1, 4, 6], [2, 2, 4], [1, 2, 4]])
-    rows = image_tokens(config, {"image_grid_thw": grids}, modality)
-    assert [[image.grid for image in row] for row in rows] == [[(1, 2, 3), (2, 1, 2)], [(1, 1, 2)]]
-    assert rows[0][1].columns.tolist() == [8, 9, 10, 11]
-
-    views = SimpleNamespace(image_seq_length=4, model_type="internvl")
-    row = np.array([[1] * 8 + [0] + [1] * 6])
-    assert [image.grid for image in image_tokens(views, {}, row)[0]] == [(1, 2, 2), (1, 2, 2), None]
-    overview = SimpleNamespace(image_seq_length=4, model_type="llava_next")
-    seen = image_tokens(overview, {}, row)[0]
-    assert [(image.grid, len(image.columns)) for image in seen[2:]] == [((1, 2, 2), 4), (None, 2)]
 
 
 @pytest.mark.parametrize("measure", [attention_balance, received_attention, key_space])

@@ -215,7 +215,8 @@ def test_what_is_measured_of_a_model_draws_itself():
     assert KeySpace(keys.layers, keys.before, keys.after).plot(style="dark").axes
     given = np.random.default_rng(0).dirichlet(np.ones(8), (5, 1))
     images = ((ImageTokens(np.arange(1, 7), (1, 2, 3)),),)
-    received = ReceivedAttention((0, 1, 2, 3, 4), np.zeros((1, 8), dtype=int), {(0, False): given}, images, False)
+    ids = np.zeros((1, 8), dtype=int)
+    received = ReceivedAttention((0, 1, 2, 3, 4), ids, {(0, False): given}, images, ((),), False)
     maps = received.plot(np.eye(6), modality=0).axes
     assert np.asarray(maps[2].images[1].get_array()).shape == (2, 3)
     assert f"{given[0, 0, 1:7].sum():.1%}" in maps[2].get_title(loc="left")

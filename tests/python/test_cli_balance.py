@@ -11,7 +11,7 @@ import torch
 
 import moda_attn
 from moda_attn import cli
-from moda_attn.analysis import attention_balance
+from moda_attn.analysis import attention_balance, grid
 from moda_attn.analysis.command import model_inputs
 from moda_attn.analysis.examples import Example
 from moda_attn.demo.checkpoint import load_checkpoint
@@ -198,6 +198,7 @@ def test_an_image_whose_tokens_lie_nobody_knows_how_has_no_map_and_says_so(check
         "image_tokens",
         lambda *given: tuple(tuple(type(one)(one.columns, None) for one in row) for row in known(*given)),
     )
+    monkeypatch.setattr(grid, "_sizes_of_a_view", lambda _: iter(()))
     arguments = looking_at(checkpoint, "--out", tmp_path / "r.html", "--max-new-tokens", 0)
     assert balance(*arguments) == 0
     assert re.search(r"no heat map of .*picture\.png: .* how they lie is not known", capsys.readouterr().err)

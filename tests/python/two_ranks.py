@@ -220,6 +220,7 @@ def fsdp_cases(rank: int, folder: Path) -> dict[str, Callable[[], Any]]:
         moda_attn.apply(model)
 
     grid = {f"fsdp/{batch}/{name}": partial(trained, batch, name) for batch, name in GRID}
+
     def balance_in_fsdp1(model: nn.Module) -> list[float]:
         """Of a model and, sharded by the first FSDP, of the same one; and the layers that were found."""
         whole = moda_attn.attention_balance(model, **x)
@@ -247,7 +248,12 @@ def main(rank: int, store: str, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     results: dict[str, Any] = {}
     watched = partial(watched_by_the_trainer, rank, folder)
-    cases = {**ddp_cases(rank), **fsdp_cases(rank, folder), "trainer": watched, "trainer/fsdp1": partial(watched, fsdp=True)}
+    cases = {
+        **ddp_cases(rank),
+        **fsdp_cases(rank, folder),
+        "trainer": watched,
+        "trainer/fsdp1": partial(watched, fsdp=True),
+    }
     for name, case in cases.items():
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             try:

@@ -9,19 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .compare import BalanceComparison, RowComparison, compare
+from .keyspace import KeyGap, KeySpace
 from .report import BalanceReport, RowBalance
 from .statistics import balance_of_masses
 
 # Public name -> the module that defines it; these import torch.
 _OF_MODELS = {
     "GenerationBalance": "generation",
-    "KeyGap": "keys",
-    "KeySpace": "keys",
+    "KeyTally": "keys",
     "ReceivedAttention": "received",
     "attention_balance": "measure",
     "balance_over": "dataset",
     "generation_balance": "generation",
     "key_space": "keys",
+    "key_space_over": "keys",
     "received_attention": "received",
 }
 
@@ -31,6 +32,7 @@ __all__ = [
     "GenerationBalance",
     "KeyGap",
     "KeySpace",
+    "KeyTally",
     "ReceivedAttention",
     "RowBalance",
     "RowComparison",
@@ -40,13 +42,14 @@ __all__ = [
     "compare",
     "generation_balance",
     "key_space",
+    "key_space_over",
     "received_attention",
 ]
 
 if TYPE_CHECKING:
     from .dataset import balance_over
     from .generation import GenerationBalance, generation_balance
-    from .keys import KeyGap, KeySpace, key_space
+    from .keys import KeyTally, key_space, key_space_over
     from .measure import attention_balance
     from .received import ReceivedAttention, received_attention
 

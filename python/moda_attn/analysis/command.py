@@ -22,7 +22,8 @@ from .dataset import balance_over
 from .examples import Example, from_images, from_jsonl
 from .generation import generation_balance
 from .html import Answer, ReportPage, SeenImage
-from .keys import KeySpace, key_space
+from .keys import KeyTally
+from .keyspace import KeySpace
 from .measure import IGNORE_INDEX
 from .received import ReceivedAttention, received_attention
 from .report import BalanceReport
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass
 class Measured:
-    """What was measured of one model; all but the balance for a page, on the first examples."""
+    """What was measured of one model; all but the balance for a page, maps and answers on the first examples."""
 
     balance: BalanceReport
     received: list[ReceivedAttention] = field(default_factory=list)
@@ -100,15 +101,16 @@ class _Detail:
 
 
 def measure(model: nn.Module, processor: Any, examples: Sequence[Example], detail: _Detail) -> Measured:
-    """The balance over all examples, and the details of the first."""
+    """The balance over all examples, for a page their key space, and the details of the first."""
     inputs = (model_inputs(model, processor, example) for example in examples)
-    result = Measured(balance_over(model, _progress(inputs, len(examples), detail.name)))
+    keys = KeyTally() if detail.shown else None
+    result = Measured(balance_over(model, _progress(inputs, len(examples), detail.name), keys=keys))
+    if keys is not None:
+        result.keys[detail.name] = keys.space()
     for example in examples[: detail.shown]:
         result.received.append(received_attention(model, **model_inputs(model, processor, example)))
         if detail.max_new_tokens > 0:
             result.answers.append(_answer(model, processor, example, detail))
-    if detail.shown:
-        result.keys[detail.name] = key_space(model, **model_inputs(model, processor, examples[0]))
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from ..config import PADDING, TEXT, VISION
 from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.record import AttentionCall, recording
 from ..hf.wrappers import in_fsdp1
-from .measure import chance_of, is_patched, undisturbed
+from .measure import chance_of, is_patched, undisturbed, unmeasured
 from .report import modality_name, plain, write_json
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class GenerationBalance:
         chance: the same at even attention to every key that the row sees, nothing on the pseudo-scores. The more is
             generated, the smaller a part of it is the image.
         patched: whether the model was patched.
+        unmeasured: index of every other layer -> why it is not measured, such as cross-attention.
     """
 
     layers: tuple[int, ...]
@@ -47,6 +48,7 @@ class GenerationBalance:
     mass: np.ndarray
     chance: np.ndarray
     patched: bool
+    unmeasured: dict[int, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -73,6 +75,7 @@ class GenerationBalance:
         return {
             "patched": self.patched,
             "layers": list(self.layers),
+            "unmeasured": self.unmeasured,
             "columns": list(self.columns),
             "tokens": self.tokens.tolist(),
             "mass": plain(self.mass),
@@ -137,7 +140,7 @@ def generation_balance(model: nn.Module, *, max_new_tokens: int, **inputs: Any) 
     tokens = output.sequences[:, -length:].masked_fill(over, -1)
     mass = mass.masked_fill(over[None, :, :, None, None].to(mass.device), torch.nan)
     measured, chance = mass.double().cpu().numpy().transpose(3, 0, 1, 2, 4)
-    return GenerationBalance(layers, tokens.cpu().numpy(), measured, chance, is_patched(model))
+    return GenerationBalance(layers, tokens.cpu().numpy(), measured, chance, is_patched(model), unmeasured(model))
 
 
 class StepRecorder:

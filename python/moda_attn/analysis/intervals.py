@@ -51,6 +51,22 @@ def of_masses(tally: Tally) -> np.ndarray:
     return _possible(np.stack([means - reach, means + reach]), tally)
 
 
+def of_mean(samples: np.ndarray) -> np.ndarray:
+    """(3, ...): the mean of numbers (U, ...), one an input, and the ends of its interval by Student's t.
+
+    Inputs without a number, NaN, are left out; NaN where none has one, and the ends where fewer than two have.
+    """
+    known = np.isfinite(samples)
+    count = known.sum(axis=0)
+    total = np.where(known, samples, 0.0).sum(axis=0)
+    mean = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    squares = np.where(known, samples - mean, 0.0)
+    variance = np.divide((squares**2).sum(axis=0), count - 1, out=np.full(total.shape, np.nan), where=count > 1)
+    quantile = np.vectorize(t_quantile, otypes=[float])(count - 1)
+    reach = quantile * np.sqrt(variance / np.maximum(count, 1))
+    return np.stack([mean, mean - reach, mean + reach])
+
+
 def _possible(ends: Any, tally: Tally) -> np.ndarray:
     """No share of the attention is below 0, or above all there is of it: 1, with two softmaxes 2."""
     whole = tally.means()[:, :3].sum(axis=1).max()

@@ -1,12 +1,10 @@
-"""How far apart the keys of the modalities lie: the gap that duplex alignment is to close."""
+"""Measuring how far apart the keys of the modalities lie: the gap that duplex alignment is to close."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,73 +14,15 @@ from .. import functional as F
 from .._checks import compute_dtype
 from .._linalg import full_precision, unit_rows
 from ..aligner import EPS
-from ..errors import ModaRuntimeError
+from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.ids import context_of
 from ..hf.patch import moda_layers
 from ..hf.placement import copy_in_use
-from ..hf.record import AttentionCall
+from ..hf.record import AttentionCall, Recorder
 from ..hf.wrappers import unwrapped
+from .intervals import of_mean
+from .keyspace import KeyGap, KeySpace
 from .measure import forward, is_patched
-from .report import modality_name, plain, write_json
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-class KeyGap(NamedTuple):
-    """Likeness and distance of the modalities' keys, (L, Hkv, M, M) each; NaN where one has no keys.
-
-    With unit keys ``u``, their means ``mu`` and covariances ``S`` by modality:
-
-    Attributes:
-        similarity: ``<||G^m||, ||G^m'||> / D`` of the bases with unit rows, what the location prior reads; 1 is alike.
-        distance: ``|mu^m - mu^m'|``, the modality gap of Liang et al. (2022), "Mind the Gap".
-        frechet: ``|mu^m - mu^m'|^2 + tr(S^m + S^m' - 2 (S^m S^m')^(1/2))``, the squared Fréchet distance of two normal
-            distributions (Dowson and Landau, 1982), which sees their spread too.
-    """
-
-    similarity: np.ndarray
-    distance: np.ndarray
-    frechet: np.ndarray
-
-
-@dataclass(frozen=True)
-class KeySpace:
-    """The keys of the modalities, layer by layer and key head by key head; means over the rows of the batch.
-
-    Attributes:
-        layers: indices of the layers, in order.
-        before: of the keys as the model makes them, rotated.
-        after: of the aligned keys; None for a model that is not patched.
-    """
-
-    layers: tuple[int, ...]
-    before: KeyGap
-    after: KeyGap | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists; None stands for NaN."""
-        gaps = {"before": self.before, "after": self.after}
-        return {
-            "layers": list(self.layers),
-            "modalities": [modality_name(modality) for modality in range(self.before.similarity.shape[-1])],
-            **{name: None if gap is None else plain_gap(gap) for name, gap in gaps.items()},
-        }
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The JSON of `to_dict`, also written to ``path`` when given."""
-        return write_json(self.to_dict(), path)
-
-    def plot(self, **options: Any) -> Figure:
-        """Likeness and distance over the layers; ``options`` as in `moda_attn.analysis.plot.gap`."""
-        from .plot import gap
-
-        return gap(self, **options)
-
-
-def plain_gap(gap: KeyGap) -> dict[str, Any]:
-    """Nested lists by name; None stands for NaN."""
-    return {name: plain(values) for name, values in gap._asdict().items()}
 
 
 def key_space(model: nn.Module, **inputs: Any) -> KeySpace:
@@ -90,36 +30,97 @@ def key_space(model: nn.Module, **inputs: Any) -> KeySpace:
 
     One forward pass in evaluation mode; O(N D^2) time beside it, O(D^2) numbers a head. The keys are those of the
     prompt, which feed the bases: with ``labels`` the tokens before the first supervised one, else all that are no
-    padding.
+    padding. Every row of the batch is an input.
 
     Args:
         model: a supported Hugging Face model, patched or not; left as it was found.
         **inputs: what its ``forward`` takes.
     """
-    recorder = KeyRecorder(inputs)
-    with recorder.listening(model):
-        forward(model, recorder, inputs)
-    layers = tuple(sorted(recorder.gaps))
-    stages = zip(*[recorder.gaps[layer] for layer in layers], strict=True)
-    before, after = (KeyGap(*(_stacked(values) for values in zip(*stage, strict=True))) for stage in stages)
-    return KeySpace(layers, before, after if is_patched(model) else None)
+    return key_space_over(model, [inputs])
+
+
+def key_space_over(model: nn.Module, inputs: Iterable[Mapping[str, Any]]) -> KeySpace:
+    """The same over a data set: the keyword arguments of one ``forward`` after another."""
+    tally = KeyTally()
+    for batch in inputs:
+        tally.add(model, batch)
+    return tally.space()
+
+
+class KeyTally:
+    """What is kept of the keys of all inputs, before and after alignment, in the order of `KeyGap`.
+
+    Attributes:
+        samples: (2, 3, U, L, M, M), means over the heads of each input; NaN where it has no such keys.
+        total, count: (2, 3, L, H, M, M), the sum over the inputs head by head, and of how many.
+    """
+
+    def __init__(self) -> None:
+        self.patched = False
+        self.layers: tuple[int, ...] = ()
+        self.samples = self.total = self.count = np.zeros(0)
+
+    def add(self, model: nn.Module, inputs: Mapping[str, Any], alongside: Recorder | None = None) -> None:
+        """Measure one batch in one forward pass, in which another recorder may take its own measurements."""
+        recorder = KeyRecorder(inputs, alongside)
+        with recorder.listening(model):
+            forward(model, recorder, inputs)
+        self.patched, self.layers = is_patched(model), tuple(sorted(recorder.gaps))
+        found = _stacked([recorder.gaps[layer] for layer in self.layers])
+        samples, known = of_mean(np.moveaxis(found, 4, 0))[0], np.isfinite(found)
+        total, count = np.where(known, found, 0.0).sum(axis=2), known.sum(axis=2)
+        if self.samples.size:
+            # An unpatched model has as many modalities as an input shows, which may be fewer than in the next one.
+            kinds = max(samples.shape[-1], self.samples.shape[-1])
+            samples = np.concatenate([_widened(part, kinds, np.nan) for part in (self.samples, samples)], axis=2)
+            total, count = (
+                _widened(before, kinds, 0) + _widened(more, kinds, 0)
+                for before, more in ((self.total, total), (self.count, count))
+            )
+        self.samples, self.total, self.count = samples, total, count
+
+    def space(self) -> KeySpace:
+        """The result.
+
+        Raises:
+            ModaValueError: nothing was added.
+        """
+        if not self.samples.size:
+            raise ModaValueError("no inputs to look at the keys of; at least one batch wanted")
+        mean = np.divide(self.total, self.count, out=np.full(self.total.shape, np.nan), where=self.count > 0)
+        stages = ("before", "after")[: 1 + self.patched]
+        samples = {stage: KeyGap(*self.samples[place]) for place, stage in enumerate(stages)}
+        return KeySpace(self.layers, KeyGap(*mean[0]), KeyGap(*mean[1]) if self.patched else None, samples)
 
 
 class KeyRecorder:
-    """Collects for each layer the gap before and after alignment, (Hkv, M, M) arrays.
+    """Collects for each layer the gap before and after alignment, (2, 3, B, Hkv, M, M).
 
     Args:
         inputs: of the forward call.
+        alongside: computes the attention, and measures what it wants to; None for attention alone.
     """
 
-    def __init__(self, inputs: dict[str, Any]):
+    def __init__(self, inputs: Mapping[str, Any], alongside: Recorder | None = None):
         self.inputs = inputs
-        self.labels: Tensor | None = inputs.get("labels")
+        self.alongside = alongside
+        self._labels: Tensor | None = inputs.get("labels")
         self.raw: dict[nn.Module, Tensor] = {}
-        self.gaps: dict[int, tuple[KeyGap, KeyGap]] = {}
+        self.gaps: dict[int, np.ndarray] = {}
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Where the model itself merges them with the positions of images, it sets them."""
+        return self._labels
+
+    @labels.setter
+    def labels(self, merged: Tensor | None) -> None:
+        self._labels = merged
+        if self.alongside is not None:
+            self.alongside.labels = merged
 
     @contextmanager
-    def listening(self, model: Any) -> Iterator[None]:
+    def listening(self, model: nn.Module) -> Iterator[None]:
         """Keep, inside the block, the keys that every aligner of the model is given."""
         layers = {index: copy_in_use(layer) for index, layer in moda_layers(unwrapped(model)).items()}
         handles = [
@@ -143,12 +144,12 @@ class KeyRecorder:
         after = key_gap(call, call.key, kind, context)
         raw = None if call.layer is None else self.raw.pop(copy_in_use(call.layer), None)
         before = after if raw is None else key_gap(call, raw, kind, context)
-        self.gaps[call.index] = before, after
-        return call.attend()[0]
+        self.gaps[call.index] = np.stack([before, after])
+        return call.attend()[0] if self.alongside is None else self.alongside.attend(call)
 
 
-def key_gap(call: AttentionCall, key: Tensor, kind: str, context: Tensor | None) -> KeyGap:
-    """The gap of `key` (B, Hkv, N, D) in one layer, mean over batch rows: (Hkv, M, M) arrays.
+def key_gap(call: AttentionCall, key: Tensor, kind: str, context: Tensor | None) -> np.ndarray:
+    """The gap of `key` (B, Hkv, N, D) in one layer: (3, B, Hkv, M, M), in the order of `KeyGap`.
 
     Args:
         call: of the layer: its values, and the modality of the keys.
@@ -165,39 +166,43 @@ def key_gap(call: AttentionCall, key: Tensor, kind: str, context: Tensor | None)
         distance, frechet = _distances(unit_rows(key.to(dtype) + EPS), members)
     there = members.any(-1)
     absent = ~(there[:, :, None] & there[:, None])[:, None]
-    return KeyGap(
-        *(
-            values.double().masked_fill(absent, torch.nan).nanmean(0).cpu().numpy()
-            for values in (similarity, distance, frechet)
-        )
-    )
+    return torch.stack([similarity.double(), distance, frechet]).masked_fill(absent, torch.nan).cpu().numpy()
 
 
 def _distances(unit: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
     """Between the unit keys (B, H, N, D) of the modalities, members (B, M, N) bool: `KeyGap.distance` and `.frechet`,
-    (B, H, M, M)."""
+    (B, H, M, M), in float64."""
     weights = members.to(unit.dtype)
     weights = (weights / weights.sum(-1, keepdim=True).clamp(min=1))[:, None]
     mean = (weights @ unit).double()
+    distance = (mean[:, :, :, None] - mean[:, :, None]).norm(dim=-1)
+    frechet = torch.zeros_like(distance)
     covariances = []
     for m in range(members.shape[1]):
         second = (unit * weights[:, :, m, :, None]).transpose(-1, -2) @ unit
         covariances.append(second.double() - mean[:, :, m, :, None] * mean[:, :, m, None, :])
-    covariance = torch.stack(covariances, dim=2)
-    distance = (mean[:, :, :, None] - mean[:, :, None]).norm(dim=-1)
-    values, vectors = torch.linalg.eigh(covariance)
-    root = (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.transpose(-1, -2)
-    # The trace of the root of S S' is that of the root of the symmetric R S' R, R the root of S.
-    between = root[:, :, :, None] @ covariance[:, :, None] @ root[:, :, :, None]
-    shared = torch.linalg.eigvalsh(between).clamp(min=0).sqrt().sum(-1)
-    spread = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
-    frechet = distance.square() + spread[..., :, None] + spread[..., None, :] - 2 * shared
+    for m, covariance in enumerate(covariances[:-1]):
+        values, vectors = torch.linalg.eigh(covariance)
+        root = (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.transpose(-1, -2)
+        for n, other in enumerate(covariances[m + 1 :], start=m + 1):
+            # The trace of the root of S S' is that of the root of the symmetric R S' R, R the root of S.
+            shared = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum(-1)
+            spread = (covariance + other).diagonal(dim1=-2, dim2=-1).sum(-1)
+            frechet[:, :, m, n] = frechet[:, :, n, m] = distance[:, :, m, n].square() + spread - 2 * shared
     return distance, frechet.clamp(min=0)
 
 
 def _stacked(layers: Sequence[np.ndarray]) -> np.ndarray:
-    """(L, H, ...), H the most heads of a layer; NaN fills one with fewer."""
-    result = np.full((len(layers), max(map(len, layers)), *layers[0].shape[1:]), np.nan)
-    for target, layer in zip(result, layers, strict=True):
-        target[: len(layer)] = layer
+    """(..., B, L, H, M, M) of layers (..., B, h, M, M), H the most heads of a layer; NaN fills one with fewer."""
+    heads = max(layer.shape[-3] for layer in layers)
+    *outer, _, kinds, _ = layers[0].shape
+    result = np.full((*outer, len(layers), heads, kinds, kinds), np.nan)
+    for place, layer in enumerate(layers):
+        result[..., place, : layer.shape[-3], :, :] = layer
     return result
+
+
+def _widened(values: np.ndarray, kinds: int, fill: float) -> np.ndarray:
+    """With further modalities along the last two axes."""
+    more = (0, kinds - values.shape[-1])
+    return np.pad(values, [(0, 0)] * (values.ndim - 2) + [more, more], constant_values=fill)

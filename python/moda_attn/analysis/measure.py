@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.patch import runtime_of
 from ..hf.record import AttentionCall, Recorder, recording
+from ..hf.structure import find_structure
 from ..hf.wrappers import unwrapped
 from .chance import chance_masses
 from .report import BalanceReport
@@ -30,13 +31,16 @@ def attention_balance(model: nn.Module, **inputs: Any) -> BalanceReport:
     One forward pass in evaluation mode without gradients. The masses come out of the attention kernel itself, in memory
     linear in the sequence length; no attention map is ever formed. The model, patched or not, is left as it was found.
 
+    Layers without the seam, such as cross-attention to an image, whose mass is all on it by construction, are not
+    measured; the report names them.
+
     Args:
         model: a supported Hugging Face model.
         **inputs: what its ``forward`` takes. With ``labels``, the report also covers the answer rows alone: the queries
             that predict a supervised token.
     """
     recorder = forward(model, BalanceRecorder(inputs.get("labels")), inputs)
-    return report_of(recorder.tallies(), recorder.layers, is_patched(model))
+    return report_of(recorder.tallies(), recorder.layers, patched=is_patched(model), unmeasured=unmeasured(model))
 
 
 class BalanceRecorder:
@@ -135,7 +139,7 @@ def predicting_rows(labels: Tensor) -> Tensor:
     return rows
 
 
-def forward(model: nn.Module, recorder: R, inputs: dict[str, Any]) -> R:
+def forward(model: nn.Module, recorder: R, inputs: Mapping[str, Any]) -> R:
     """One forward pass that `recorder` watches, in evaluation mode without gradients."""
     with undisturbed(model), recording(model, recorder):
         model(**{"use_cache": False, **inputs})
@@ -166,3 +170,10 @@ def is_patched(model: nn.Module) -> bool:
     """Whether the model, or the one inside its wrappers, is patched."""
     runtime = runtime_of(unwrapped(model))
     return runtime is not None and runtime.config is not None
+
+
+def unmeasured(model: nn.Module) -> dict[int, str]:
+    """Index of every layer whose attention is not measured -> why, such as cross-attention."""
+    inner = unwrapped(model)
+    runtime = runtime_of(inner)
+    return (find_structure(inner) if runtime is None else runtime.structure).skipped

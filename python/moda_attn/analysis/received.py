@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.record import AttentionCall
 from ..hf.wrappers import unwrapped
 from .grid import ImageTokens, image_tokens
-from .measure import forward, is_patched, selections
+from .measure import forward, is_patched, selections, unmeasured
 from .report import modality_name, plain
 
 if TYPE_CHECKING:
@@ -33,15 +33,19 @@ class ReceivedAttention:
         mass: (modality, answer rows alone) of the query rows -> (L, B, N): mean over these rows of the same batch row,
             and over heads. NaN in a batch row that has no such query rows. Over the tokens of a row it adds up to 1,
             less the pseudo-scores' share (to 2 at most with ``combine="split"``).
-        images: for each batch row its images.
+        images: for each batch row the tokens that show a whole image, an entry an image.
+        tiles: for each batch row those of closer looks at parts of its images, which some processors add.
         patched: whether the model was patched.
+        unmeasured: index of every other layer -> why it is not measured, such as cross-attention.
     """
 
     layers: tuple[int, ...]
     modality: np.ndarray
     mass: dict[tuple[int, bool], np.ndarray]
     images: tuple[tuple[ImageTokens, ...], ...]
+    tiles: tuple[tuple[ImageTokens, ...], ...]
     patched: bool
+    unmeasured: dict[int, str] = field(default_factory=dict)
 
     def of(self, modality: int = TEXT, *, answers_only: bool = False) -> np.ndarray:
         """(L, B, N): what the query rows of `modality` give; raises ``KeyError`` where there are none."""
@@ -52,7 +56,7 @@ class ReceivedAttention:
     def heat_map(
         self,
         row: int = 0,
-        image: int = 0,
+        image: int | ImageTokens = 0,
         *,
         modality: int = TEXT,
         answers_only: bool = False,
@@ -61,20 +65,20 @@ class ReceivedAttention:
         """(L, frames x height, width): what one image of one batch row receives from the query rows of `modality`.
 
         Args:
-            row, image: which; modality, answers_only: from whom.
+            row, image: which; an entry of `tiles` too. modality, answers_only: from whom.
             grid: (frames, height, width) where the image does not know its own.
 
         Raises:
             ModaValueError: nothing tells how the tokens of that image lie on it, or a grid of another size.
             IndexError: there is no such row or image.
         """
-        tokens = self.images[row][image]
-        if grid is None:
-            grid = tokens.grid
+        tokens = self.images[row][image] if isinstance(image, int) else image
+        grid = tokens.grid if grid is None else grid
         if grid is None or math.prod(grid) != len(tokens.columns):
             raise ModaValueError(
-                f"image {image} of row {row} has {len(tokens.columns)} tokens, and how they lie is "
-                f"{'not known' if grid is None else grid}; give grid = (frames, height, width) with as many"
+                f"{f'image {image}' if isinstance(image, int) else 'the tile'} of row {row} has {len(tokens.columns)}"
+                f" tokens, and how they lie is {f'not known: {tokens.unknown}' if grid is None else grid};"
+                " give grid = (frames, height, width) with as many"
             )
         frames, height, width = grid
         received = self.of(modality, answers_only=answers_only)[:, row, tokens.columns]
@@ -85,8 +89,10 @@ class ReceivedAttention:
         return {
             "patched": self.patched,
             "layers": list(self.layers),
+            "unmeasured": self.unmeasured,
             "modality": self.modality.tolist(),
-            "images": [[{"columns": i.columns.tolist(), "grid": i.grid} for i in row] for row in self.images],
+            "images": [[image.to_dict() for image in row] for row in self.images],
+            "tiles": [[tile.to_dict() for tile in row] for row in self.tiles],
             "mass": [
                 {"modality": modality, "answers_only": answers, "received": plain(received)}
                 for (modality, answers), received in self.mass.items()
@@ -117,13 +123,15 @@ def received_attention(model: nn.Module, **inputs: Any) -> ReceivedAttention:
     stacked = np.stack([recorder.received[layer] for layer in layers], axis=1)
     assert recorder.modality is not None
     modality = recorder.modality.cpu().numpy()
-    config: Any = unwrapped(model).config
+    images, tiles = zip(*image_tokens(unwrapped(model), inputs, modality), strict=True)
     return ReceivedAttention(
         layers,
         modality,
         dict(zip(recorder.selections, stacked, strict=True)),
-        image_tokens(config, inputs, modality),
+        images,
+        tiles,
         is_patched(model),
+        unmeasured(model),
     )
 
 

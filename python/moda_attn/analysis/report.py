@@ -147,12 +147,15 @@ class BalanceReport:
         modalities: one `RowBalance` per modality that has query rows.
         answers: the same for the answer rows alone; empty without labels.
         patched: whether the model was patched when it was measured.
+        unmeasured: index of every other layer -> why it is not measured and in no mean. Cross-attention to an image,
+            such as Mllama's, is one: all of its mass is on vision by construction.
     """
 
     layers: tuple[int, ...]
     modalities: tuple[RowBalance, ...]
     answers: tuple[RowBalance, ...] = ()
     patched: bool = False
+    unmeasured: dict[int, str] = field(default_factory=dict)
 
     @property
     def every(self) -> tuple[RowBalance, ...]:
@@ -179,13 +182,14 @@ class BalanceReport:
             raise ModaValueError(f"groups has {len(groups)} entries; one for each of {max(wanted)} inputs wanted")
         names = np.asarray(groups)
         tallies = {(row.modality, row.answers_only): row.tally.grouped(names) for row in self.every}
-        return report_of(tallies, self.layers, self.patched)
+        return report_of(tallies, self.layers, patched=self.patched, unmeasured=self.unmeasured)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON."""
         return {
             "patched": self.patched,
             "layers": list(self.layers),
+            "unmeasured": self.unmeasured,
             "modalities": [balance.to_dict() for balance in self.modalities],
             "answers": [balance.to_dict() for balance in self.answers],
         }

@@ -60,7 +60,7 @@ def balance_of_masses(
                 ]
                 even = [(masses_at_chance * selected[..., None]).sum(axis=1) for masses_at_chance in chance]
                 tallies[modality, answers_only] = Tally.of_heads(modality, selected.sum(axis=1), kept, even)
-    return report_of(tallies, layers, patched)
+    return report_of(tallies, layers, patched=patched)
 
 
 def join_tallies(parts: Sequence[Mapping[Kind, Tally]]) -> dict[Kind, Tally]:
@@ -73,7 +73,9 @@ def join_tallies(parts: Sequence[Mapping[Kind, Tally]]) -> dict[Kind, Tally]:
     }
 
 
-def report_of(tallies: Mapping[Kind, Tally], layers: Sequence[int], patched: bool) -> BalanceReport:
+def report_of(
+    tallies: Mapping[Kind, Tally], layers: Sequence[int], *, patched: bool, unmeasured: Mapping[int, str] | None = None
+) -> BalanceReport:
     """The report that the sums make."""
     rows = {kind: row_balance(tallies[kind], layers, kind[1]) for kind in sorted(tallies)}
     return BalanceReport(
@@ -81,6 +83,7 @@ def report_of(tallies: Mapping[Kind, Tally], layers: Sequence[int], patched: boo
         modalities=tuple(row for row in rows.values() if not row.answers_only),
         answers=tuple(row for row in rows.values() if row.answers_only),
         patched=patched,
+        unmeasured=dict(unmeasured or {}),
     )
 
 
@@ -137,4 +140,6 @@ def _check_chance(chance: Sequence[np.ndarray], masses: Sequence[np.ndarray], qu
     wanted = (*query_modality.shape, masses[0].shape[-1] - 1)
     shapes = [np.shape(of_layer) for of_layer in chance]
     if shapes != [wanted] * len(masses):
-        raise ModaValueError(f"chance has shapes {shapes}; {wanted}, (B, Nq, M), wanted for each of {len(masses)} layers")
+        raise ModaValueError(
+            f"chance has shapes {shapes}; {wanted}, (B, Nq, M), wanted for each of {len(masses)} layers"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .measures import FACTORS
@@ -25,15 +26,26 @@ MEASURE_NAMES = {
 def balance_table(report: BalanceReport) -> str:
     """Every layer of every kind of query rows, and the measures with what is known of their errors."""
     lines = [f"Attention balance, {'patched' if report.patched else 'unpatched'} model, {len(report.layers)} layers"]
+    lines += [f"not measured: {sentence}" for sentence in unmeasured_layers(report.unmeasured)]
     for row in report.every:
         inputs = f" of {row.inputs} inputs" if row.inputs > 1 else ""
         lines += ["", f"{row.name}: {row.rows} query rows{inputs}", "   layer    self   cross  pseudo  |self-cross|"]
         masses = zip(report.layers, row.self_mass, row.cross_mass, row.pseudo_mass, strict=True)
         lines += [_masses(layer, own, cross, pseudo, abs(own - cross)) for layer, own, cross, pseudo in masses]
         chance = row.chance
-        means = (sum(by_layer) / len(by_layer) for by_layer in (chance.self_mass, chance.cross_mass))
-        lines += [_masses("chance", *means, 0.0, chance.disparity), *_factors(row), _shares(row)]
+        own, cross = (sum(by_layer) / len(by_layer) for by_layer in (chance.self_mass, chance.cross_mass))
+        lines += [_masses("chance", own, cross, 0.0, chance.disparity), *_factors(row), _shares(row)]
     return "\n".join(lines)
+
+
+def unmeasured_layers(unmeasured: Mapping[int, str]) -> list[str]:
+    """ "layers 3 and 8: the reason", one text for each reason."""
+    texts = []
+    for reason in dict.fromkeys(unmeasured.values()):
+        *most, last = (str(layer) for layer, why in unmeasured.items() if why == reason)
+        which = f"layers {', '.join(most)} and {last}" if most else f"layer {last}"
+        texts.append(f"{which}: {reason}")
+    return texts
 
 
 def _masses(layer: int | str, own: float, cross: float, pseudo: float, gap: float) -> str:

@@ -29,9 +29,7 @@ class Tally:
     heads: np.ndarray
 
     @staticmethod
-    def of_heads(
-        modality: int, rows: np.ndarray, by_head: Sequence[np.ndarray], chance: Sequence[np.ndarray]
-    ) -> Tally:
+    def of_heads(modality: int, rows: np.ndarray, by_head: Sequence[np.ndarray], chance: Sequence[np.ndarray]) -> Tally:
         """From the sums over the rows of each input of L layers, (U, Hq, M + 1) each, and of chance, (U, M) each."""
         heads = np.full((len(by_head), max(layer.shape[1] for layer in by_head), by_head[0].shape[2]), np.nan)
         for target, layer in zip(heads, by_head, strict=True):

@@ -30,7 +30,7 @@ from .structure import Structure, find_structure
 from .wrappers import refuse_removal, unwrapped
 
 if TYPE_CHECKING:
-    from .._typing import PatchedAttention, TextAttention, VisionLanguageModel
+    from .._typing import PatchedAttention, TextAttention
 
 _RUNTIME = "moda_runtime"
 

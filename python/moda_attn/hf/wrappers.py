@@ -12,7 +12,6 @@ from ..errors import ModaRuntimeError, ModaValueError
 from ..layer import ModaLayer
 from .placement import is_sharded
 
-
 #: Under which the first FSDP (`FullyShardedDataParallel`, torch's `fully_shard` is the second) keeps what it wraps.
 FSDP1_INNER = "_fsdp_wrapped_module"
 

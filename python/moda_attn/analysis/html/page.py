@@ -18,7 +18,7 @@ from .figures import colour_rules, share_letters
 
 if TYPE_CHECKING:
     from ..generation import GenerationBalance
-    from ..keys import KeySpace
+    from ..keyspace import KeySpace
 
 
 @dataclass(frozen=True)

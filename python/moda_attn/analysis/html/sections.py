@@ -25,7 +25,7 @@ from .figures import heat_panel, heat_scale, panel, picture_definition
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ..keys import KeySpace
+    from ..keyspace import KeySpace
     from ..report import BalanceReport, RowBalance
     from .page import Answer, SeenImage
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..keys import KeySpace
+    from ..keyspace import KeySpace
 
 PANEL = (3.3, 2.5)
 #: Name in `KeyGap` -> title of its panel.
