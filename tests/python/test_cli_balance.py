@@ -190,14 +190,6 @@ def test_requests_that_cannot_be_meant(arguments, message, capsys):
 
 
 def test_an_image_whose_tokens_lie_nobody_knows_how_has_no_map_and_says_so(checkpoint, tmp_path, capsys, monkeypatch):
-    from moda_attn.analysis import received
-
-    known = received.image_tokens
-    monkeypatch.setattr(
-        received,
-        "image_tokens",
-        lambda *given: tuple(tuple(type(one)(one.columns, None) for one in row) for row in known(*given)),
-    )
     monkeypatch.setattr(grid, "_sizes_of_a_view", lambda _: iter(()))
     arguments = looking_at(checkpoint, "--out", tmp_path / "r.html", "--max-new-tokens", 0)
     assert balance(*arguments) == 0
