@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from moda_attn.analysis import BalanceComparison, BalanceReport, balance_of_masses, compare
+from moda_attn.analysis import BalanceComparison, BalanceReport, KeyGap, KeySpace, balance_of_masses, compare
 from moda_attn.analysis.html import Answer
 
 
@@ -50,12 +50,11 @@ def answer_of(tokens: int) -> Answer:
     return Answer(balance, [f"word{place}" for place in range(tokens)], f"An answer of {tokens} tokens")
 
 
-def keys_of(patched: bool = True, layers: int = 6, heads: int = 2) -> SimpleNamespace:
+def keys_of(patched: bool = True, layers: int = 6, heads: int = 2, inputs: int = 8) -> KeySpace:
     """The key space of a model whose alignment halves the gap."""
     rng = np.random.default_rng(0)
-
-    def gaps(factor: float) -> SimpleNamespace:
-        values = factor * rng.uniform(0.5, 1.0, (3, layers, heads, 2, 2))
-        return SimpleNamespace(similarity=0.5 * values[0], distance=values[1], frechet=values[2])
-
-    return SimpleNamespace(layers=tuple(range(layers)), before=gaps(1.0), after=gaps(0.5) if patched else None)
+    before = rng.uniform(0.5, 1.0, (3, layers, heads, 2, 2)) * np.array([0.5, 1.0, 1.0])[:, None, None, None, None]
+    by_input = before.mean(2)[:, None] * rng.uniform(0.9, 1.1, (3, inputs, layers, 2, 2))
+    factors = {"before": 1.0, "after": 0.5} if patched else {"before": 1.0}
+    samples = {stage: KeyGap(*(factor * by_input)) for stage, factor in factors.items()}
+    return KeySpace(tuple(range(layers)), KeyGap(*before), KeyGap(*(0.5 * before)) if patched else None, samples)

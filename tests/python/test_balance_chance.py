@@ -12,7 +12,13 @@ from torch import nn
 import moda_attn
 import tiny
 from moda_attn import ModaConfig
-from moda_attn.analysis import attention_balance, balance_of_masses, balance_over, generation_balance
+from moda_attn.analysis import (
+    attention_balance,
+    balance_of_masses,
+    balance_over,
+    generation_balance,
+    received_attention,
+)
 from moda_attn.analysis.chance import chance_masses
 from moda_attn.config import TEXT, VISION
 from moda_attn.errors import ModaValueError
@@ -81,6 +87,9 @@ def test_a_model_that_looks_everywhere_is_at_chance(family: str, pad: str):
         assert row.chance.disparity == pytest.approx(row.disparity, abs=1e-5)
         assert row.chance.relative_disparity == pytest.approx(row.relative_disparity, abs=1e-5)
         assert row.lift == pytest.approx(1, abs=1e-4)
+    received = received_attention(model, **x)
+    for kind, given in received.mass.items():
+        assert received.chance[kind] == pytest.approx(given, abs=1e-5, nan_ok=True)
     assert 0.05 < report.of(TEXT).chance.cross_mass[-1] < 0.95
 
 
@@ -94,6 +103,19 @@ def test_pseudo_scores_take_from_both_sides_of_chance(combine: str):
     assert all(measured < 0.9 * even for measured, even in zip(row.cross_mass, row.chance.cross_mass, strict=True))
     # What they leave is shared as at chance; rows of which they leave less count less.
     assert row.lift == pytest.approx(1, abs=0.1)
+
+
+def test_tokens_receive_as_little_of_split_attention_at_chance():
+    model, x = tiny.build(), tiny.inputs("llava-llama", ["TTITTTTTT", "TTTITT"])
+    x["labels"] = x["input_ids"].clone()
+    x["labels"][:, :-2] = -100
+    x["labels"][1] = -100
+    moda_attn.apply(model, ModaConfig(combine="split", mask="none", location_prior=False))
+    received = received_attention(looks_everywhere(model), **x)
+    assert len(received.mass) == 3
+    for kind, given in received.mass.items():
+        assert received.chance[kind] == pytest.approx(given, abs=1e-5, nan_ok=True)
+    assert np.isnan(received.chance_of(TEXT, answers_only=True)[:, 1]).all()
 
 
 def test_windows_have_a_chance_of_their_own():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -15,6 +16,7 @@ from PIL import Image
 
 from balance_cases import answer_of, comparison_of, keys_of, report_of
 from browser import find_browser, running
+from moda_attn.analysis import balance_of_masses, compare
 from moda_attn.analysis.html import ReportPage, SeenImage, words
 from moda_attn.analysis.measures import MEASURES
 from moda_attn.analysis.plot.style import DARK, LIGHT
@@ -29,7 +31,7 @@ def full_page() -> ReportPage:
     heat = {name: 0.4 * rng.dirichlet(np.ones(16), 6).reshape(6, 4, 4) for name in ("unpatched", "MODA")}
     photograph = Image.fromarray((255 * rng.random((300, 400, 3))).astype(np.uint8))
     images = [
-        SeenImage(photograph, "“What <is> this & that?”", heat, range(6)),
+        SeenImage(photograph, "“What <is> this & that?”", heat, range(6), 0.61),
         SeenImage(np.arange(64).reshape(8, 8), "A scan", {"MODA": heat["MODA"]}, range(6)),
         SeenImage(None, "Without its picture", {"MODA": heat["MODA"]}, range(6)),
     ]
@@ -137,11 +139,52 @@ def test_the_numbers_are_those_of_the_report():
     )
 
 
+def test_every_measure_stands_beside_its_chance():
+    report, result = report_of(), comparison_of()
+    single, both = ReportPage(report).html(), ReportPage(result).html()
+    chance = f"{100 * report.of(0).chance.disparity:.2f}\N{NO-BREAK SPACE}%"
+    assert single.count(f"<td>{chance}</td>") >= 2
+    assert f'<span class="interval">at chance {chance}</span>' in both
+    lift = report.of(0).lift
+    assert f"that is {lift:.2f} times chance" in single
+    assert f"get {result.rows[0].before.lift:.2f} times what chance would give them with unpatched" in both
+    # Intervals by the fit are those of the two numbers that are fitted.
+    rows = len(report.every)
+    assert single.count(" by the fit</span>") == 2 * rows
+    assert f"<td>{report.of(0).chance.cross_mass[2]:.3f}</td>" in single
+    # Nobody of this page sees another modality.
+    blind = balance_of_masses([np.array([[[[0.9, 0.0, 0.1]] * 3]])] * 2, np.zeros((1, 3), dtype=int))
+    assert "Text queries: they see no key of another modality." in ReportPage(blind).html()
+
+
+def test_layers_that_are_not_measured_are_named():
+    reason = "MllamaTextCrossAttention: cross-attention, whose keys are not the text decoder's own tokens"
+    report = replace(report_of(), unmeasured={3: reason, 8: reason, 13: reason})
+    sentence = f"Not measured: layers 3, 8 and 13: {escape(reason)}. {escape(words.UNMEASURED)}"
+    assert sentence in ReportPage(report).html()
+    assert ReportPage(compare(report, report)).html().count(sentence) == 1
+    other = compare(report_of(), report, names=("one", "two"))
+    assert f"Not measured of two: layers 3, 8 and 13: {escape(reason)}." in ReportPage(other).html()
+    assert "Not measured" not in ReportPage(report_of()).html()
+
+
+def test_the_key_space_has_its_numbers():
+    space = keys_of()
+    text = ReportPage(report_of(), keys={"MODA": space, "plain": keys_of(patched=False)}).html()
+    for name in space.before._fields:
+        found = space.summary(name)
+        assert f"{found['after'].value:.3f}" in text
+        low, high = (f"{end:+.3f}".replace("-", "−") for end in found["change"][1:])
+        assert f'<span class="interval">{low} to {high}</span>' in text
+    assert "means over layers, heads and 8 inputs" in text
+
+
 def test_what_users_write_is_escaped():
     text = full_page().html()
     assert "<script>" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "“What &lt;is&gt; this &amp; that?”" in text
+    assert text.count("At chance 61.0% of the attention would lie on it.") == 1
 
 
 def test_verdicts_claim_no_more_than_the_intervals():
@@ -151,8 +194,6 @@ def test_verdicts_claim_no_more_than_the_intervals():
     single = comparison_of(inputs=1)
     assert "one input says nothing about others" in words.verdict(single.rows[0], names)
     # Pseudo-scores take from both sides alike: nothing has become more even.
-    from moda_attn.analysis import compare
-
     lowered = compare(report_of(0.9, 0.0), report_of(0.9, 0.2))
     sentence = words.verdict(lowered.rows[0], ("before", "after"))
     assert "no difference in relative disparity" in sentence
@@ -185,6 +226,12 @@ WIDER_THAN_THE_PAGE = """
 SMALLEST_WORDS = """
 Math.min(...[...document.querySelectorAll('.panels svg')].map(picture =>
   9 * picture.getBoundingClientRect().width / picture.viewBox.baseVal.width))"""
+LETTERS_CUT_OFF = """
+[...document.querySelectorAll('.panels svg')].flatMap(picture => {
+  const frame = picture.getBoundingClientRect();
+  return [...picture.querySelectorAll('use')].map(letter => letter.getBoundingClientRect()).filter(
+    box => box.right > frame.right + 1 || box.left < frame.left - 1 || box.top < frame.top - 1);
+}).length"""
 SIZES = (
     "[...document.querySelectorAll('svg[role=img]')].map(s => s.getBoundingClientRect()).map(r => [r.width, r.height])"
 )
@@ -203,6 +250,7 @@ def test_a_browser_shows_the_page_whole(browser, page, width, dark, tmp_path):
     assert all(across > 100 and down > 50 for across, down in sizes)
     # Nine points of the picture, on the screen of a phone too.
     assert browser.evaluate(SMALLEST_WORDS) > 8.5
+    assert browser.evaluate(LETTERS_CUT_OFF) == 0
     theme = DARK if dark else LIGHT
     colours = browser.evaluate(
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"

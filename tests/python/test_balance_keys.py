@@ -13,8 +13,9 @@ import matrix
 import moda_attn
 import tiny
 from moda_attn import ModaConfig
-from moda_attn.analysis import KeyGap, key_space
+from moda_attn.analysis import KeyGap, KeyTally, balance_over, key_space, key_space_over
 from moda_attn.analysis.measure import undisturbed
+from moda_attn.errors import ModaValueError
 from moda_attn.hf.record import AttentionCall, recording
 
 ROWS = ["TTITTT", "TITTTITT", "TTTT"]
@@ -138,3 +139,63 @@ def text_keys(model: torch.nn.Module, x: dict[str, Tensor], patched: bool) -> Te
         moda_attn.remove(model)
     call = calls(model, x)[0]
     return call.key.transpose(1, 2)[call.state.modality == 0]
+
+
+def test_many_inputs_have_intervals_and_one_pass_takes_both_measurements():
+    model = matrix.patched("llava-llama", ModaConfig())
+    parts = [tiny.inputs("llava-llama", rows) for rows in (["TTITTT", "TITTTITT"], "TTTT", "TTTITT")]
+    tally, passes = KeyTally(), []
+    handle = model.model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    report = balance_over(model, parts, keys=tally)
+    handle.remove()
+    assert len(passes) == len(parts)
+    assert report.of(0).mass == pytest.approx(balance_over(model, parts).of(0).mass)
+
+    space, alone = tally.space(), [key_space(model, **part) for part in parts]
+    assert space.inputs == 4
+    assert key_space_over(model, parts).before.distance == pytest.approx(space.before.distance, nan_ok=True)
+    # The third input has no image: it is left out, the other three weigh the same.
+    expected = (2 * alone[0].after.frechet + alone[2].after.frechet) / 3
+    assert space.after.frechet[..., 0, 1] == pytest.approx(expected[..., 0, 1])
+    for name in KeyGap._fields:
+        found = space.summary(name)
+        by_input = {stage: getattr(gap, name)[[0, 1, 3]][..., 0, 1].mean(-1) for stage, gap in space.samples.items()}
+        by_input["change"] = by_input["after"] - by_input["before"]
+        for stage, values in by_input.items():
+            reach = 4.302653 * values.std(ddof=1) / np.sqrt(3)
+            assert found[stage] == pytest.approx((values.mean(), values.mean() - reach, values.mean() + reach))
+        low, high = space.interval(name, "after")
+        assert (low < getattr(space.after, name)[..., 0, 1].mean(1)).all()
+        assert (high > getattr(space.after, name)[..., 0, 1].mean(1)).all()
+    grouped = space.grouped_by(["a", "a", "a", "b"])
+    assert grouped.inputs == 2
+    assert grouped.before is space.before
+    first = space.samples["before"].distance[:2, ..., 0, 1].mean(0)
+    assert grouped.samples["before"].distance[0, ..., 0, 1] == pytest.approx(first)
+    with pytest.raises(ModaValueError, match="groups has 2 entries; one for each of 4 inputs wanted"):
+        space.grouped_by([1, 2])
+    written = json.loads(space.to_json())
+    assert written["inputs"] == 4
+    assert written["summary"]["distance"]["change"] == pytest.approx(list(space.summary("distance")["change"]))
+
+
+def test_one_input_has_no_interval_and_none_no_result():
+    model = tiny.build()
+    found = key_space(model, **tiny.inputs("llava-llama", "TTITTT")).summary("distance")
+    assert list(found) == ["before"]
+    assert np.isnan(found["before"][1:]).all()
+    with pytest.raises(ModaValueError, match="no inputs to look at the keys of"):
+        key_space_over(model, [])
+
+
+def test_inputs_may_know_different_numbers_of_modalities():
+    model = tiny.build()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    parts = [{"input_ids": ids, "modality_ids": torch.tensor([kinds])} for kinds in ([0, 1, 1, 0, 0], [0, 1, 2, 2, 0])]
+    for order in (parts, parts[::-1]):
+        space = key_space_over(model, order)
+        assert space.before.distance.shape == (3, 2, 3, 3)
+        third = key_space(model, **parts[1])
+        assert space.before.distance[..., 0, 2] == pytest.approx(third.before.distance[..., 0, 2])
+        mean = np.mean([key_space(model, **part).before.distance[..., 0, 1] for part in parts], axis=0)
+        assert space.before.distance[..., 0, 1] == pytest.approx(mean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,15 @@ from torch import nn
 
 import moda_attn
 import tiny
-from moda_attn.analysis import attention_balance, generation_balance, key_space, received_attention
+from moda_attn import ModaConfig
+from moda_attn.analysis import (
+    attention_balance,
+    balance_over,
+    compare,
+    generation_balance,
+    key_space,
+    received_attention,
+)
 from moda_attn.config import TEXT, VISION
 
 IMAGE_TOKENS, TEXT_TOKENS = 4, 6
@@ -85,6 +94,25 @@ def test_what_the_image_receives_is_what_the_balance_says_it_gets(dtype: torch.d
     mean = np.average(by_row, axis=0, weights=rows)
     # The layers of a bfloat16 model round what the next one is given, each measurement its own way.
     assert mean == pytest.approx(balance.cross_mass, abs=1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_layers_that_are_not_measured_are_named():
+    """Mllama's cross-attention looks at an image alone: in the means it would be a preference of the model."""
+    model, x = tiny.build("mllama"), tiny.inputs("mllama", "TTITTT")
+    reason = "MllamaTextCrossAttention: cross-attention, whose keys are not the text decoder's own tokens"
+    report = attention_balance(model, **x)
+    assert (report.layers, report.unmeasured) == ((0, 2, 3), {1: reason})
+    assert balance_over(model, [x, x]).grouped_by([0, 1]).unmeasured == {1: reason}
+    assert f"not measured: layer 1: {reason}" in str(report)
+    assert json.loads(report.to_json())["unmeasured"] == {"1": reason}
+    assert f"not measured: layer 1: {reason}" in str(compare(report, report))
+    received = received_attention(model, **x)
+    answer = generation_balance(model, **x, max_new_tokens=2, do_sample=False)
+    assert received.unmeasured == answer.unmeasured == {1: reason}
+    moda_attn.apply(model, ModaConfig(layers=(2,)))
+    patched = attention_balance(model, **x)
+    assert (patched.layers, patched.unmeasured) == ((0, 2, 3), {1: reason})
+    assert attention_balance(tiny.build(), **tiny.inputs("llava-llama", "TIT")).unmeasured == {}
 
 
 @pytest.mark.parametrize("measure", [attention_balance, received_attention, key_space])

@@ -102,9 +102,11 @@ def test_the_profile_draws_the_masses_with_their_bands():
     axes = profile(report).axes[0]
     lines = {line.get_label(): line.get_ydata() for line in axes.lines}
     row = report.of(0)
-    assert tuple(lines["own modality"]) == row.self_mass
+    assert tuple(lines["own"]) == row.self_mass
     assert tuple(lines["others"]) == row.cross_mass
-    assert tuple(lines["pseudo-scores"]) == row.pseudo_mass
+    assert tuple(lines["pseudo"]) == row.pseudo_mass
+    thin = [tuple(line.get_ydata()) for line in axes.lines if line.get_linewidth() == 0.9]
+    assert thin[:2] == [row.chance.self_mass, row.chance.cross_mass]
     assert len(axes.collections) == 3
     assert axes.collections[0].get_datalim(axes.transData).ymin == pytest.approx(row.mass_interval[0, :, 0].min())
     assert profile(report_of(inputs=1)).axes[0].collections[:] == []
@@ -121,7 +123,7 @@ def test_the_map_of_heads_shows_own_less_others():
 def test_bars_of_an_answer_stack_to_the_whole():
     answer = answer_of(7)
     bars = generation(answer.balance).axes[0].containers
-    assert [bar.get_label() for bar in bars] == ["image", "prompt’s text", "generated before", "pseudo-scores"]
+    assert [bar.get_label() for bar in bars] == ["image", "prompt", "generated", "pseudo"]
     assert sum(bar.patches[-1].get_height() for bar in bars) == pytest.approx(1)
     assert bars[0].patches[3].get_height() == pytest.approx(answer.balance.mass[:, 0, 3, 1].mean())
     (marks,) = generation(answer.balance).axes[0].collections
@@ -206,17 +208,17 @@ def test_the_analysis_imports_neither_matplotlib_nor_pandas_nor_torch():
 
 
 def test_what_is_measured_of_a_model_draws_itself():
-    from moda_attn.analysis import GenerationBalance, KeySpace, ReceivedAttention
+    from moda_attn.analysis import GenerationBalance, ReceivedAttention
     from moda_attn.analysis.grid import ImageTokens
 
     answer, keys = answer_of(4).balance, keys_of()
     tokens = np.arange(4)[None]
     assert GenerationBalance(answer.layers, tokens, answer.mass, answer.chance, False).plot(["a", "b", "c", "d"]).axes
-    assert KeySpace(keys.layers, keys.before, keys.after).plot(style="dark").axes
+    assert keys.plot(style="dark").axes
     given = np.random.default_rng(0).dirichlet(np.ones(8), (5, 1))
     images = ((ImageTokens(np.arange(1, 7), (1, 2, 3)),),)
     ids = np.zeros((1, 8), dtype=int)
-    received = ReceivedAttention((0, 1, 2, 3, 4), ids, {(0, False): given}, images, ((),), False)
+    received = ReceivedAttention((0, 1, 2, 3, 4), ids, {(0, False): given}, {(0, False): given}, images, ((),), False)
     maps = received.plot(np.eye(6), modality=0).axes
     assert np.asarray(maps[2].images[1].get_array()).shape == (2, 3)
     assert f"{given[0, 0, 1:7].sum():.1%}" in maps[2].get_title(loc="left")

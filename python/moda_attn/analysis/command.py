@@ -176,8 +176,9 @@ def _seen(place: int, measured: dict[str, Measured], examples: Sequence[Example]
     except (ModaValueError, IndexError) as error:
         print(f"moda-attn balance: no heat map of {example.image}: {error}", file=sys.stderr)
         return
-    layers = next(iter(received.values())).layers
-    yield SeenImage(open_image(example.image), f"{example.image.name}: “{example.prompt}”", heat, layers)
+    first = next(iter(received.values()))
+    caption, chance = f"{example.image.name}: “{example.prompt}”", first.share_at_chance()
+    yield SeenImage(open_image(example.image), caption, heat, first.layers, chance)
 
 
 def _progress(items: Iterable[T], total: int, title: str) -> Iterable[T]:

@@ -17,7 +17,8 @@ from ..config import PADDING, TEXT, VISION
 from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.record import AttentionCall, recording
 from ..hf.wrappers import in_fsdp1
-from .measure import chance_of, is_patched, undisturbed, unmeasured
+from .chance import chance_masses
+from .measure import combine_of, is_patched, seen_by, undisturbed, unmeasured
 from .report import modality_name, plain, write_json
 
 if TYPE_CHECKING:
@@ -164,8 +165,9 @@ class StepRecorder:
         modalities = call.num_modalities
         groups = _groups(call.state.modality, len(steps), modalities)
         mass = mass_by_group(last, groups, modalities + 1)
-        even = torch.from_numpy(chance_of(last, groups, [*range(modalities), TEXT])[:, 0])
-        steps.append(torch.stack([mass, pad(even, (0, 1)).to(mass)], dim=1))
+        of_groups = [*range(modalities), TEXT]
+        even = chance_masses(groups.cpu().numpy(), *seen_by(last), modalities=of_groups, combine=combine_of(call))[:, 0]
+        steps.append(torch.stack([mass, pad(torch.from_numpy(even), (0, 1)).to(mass)], dim=1))
         return output
 
 

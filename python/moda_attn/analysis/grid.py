@@ -141,13 +141,13 @@ def _views(model: Any, run: np.ndarray, alone: bool) -> Iterator[tuple[bool, Ima
     if view is None:
         yield True, ImageTokens(run, None, _NOT_SAID)
     elif order == "first":
-        yield True, _square(run[view.skipped : view.count])
-        if len(run) > view.count:
-            yield False, ImageTokens(run[view.count :], None, _BETWEEN_LINES)
-    elif family == "got_ocr2" and len(run) > view.count:
+        yield True, _square(run[view.skipped : view.size])
+        if len(run) > view.size:
+            yield False, ImageTokens(run[view.size :], None, _BETWEEN_LINES)
+    elif family == "got_ocr2" and len(run) > view.size:
         yield True, ImageTokens(run, None, _PAGES_OR_TILES)
     else:
-        views = np.split(run, len(run) // view.count)
+        views = np.split(run, len(run) // view.size)
         for number, columns in enumerate(views, start=1):
             yield order != "last" or number == len(views), _square(columns[view.skipped :])
 
@@ -155,12 +155,12 @@ def _views(model: Any, run: np.ndarray, alone: bool) -> Iterator[tuple[bool, Ima
 class _View(NamedTuple):
     """How many tokens a view has, and how many of its first ones are no patch."""
 
-    count: int
+    size: int
     skipped: int = 0
 
     def fits(self, length: int, *, with_rest: bool) -> bool:
         """Whether `length` tokens are such views, or one of them and more."""
-        return length % self.count == 0 or (with_rest and length > self.count)
+        return length % self.size == 0 or (with_rest and length > self.size)
 
 
 def _sizes_of_a_view(model: Any) -> Iterator[_View]:

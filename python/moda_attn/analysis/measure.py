@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -69,7 +69,8 @@ class BalanceRecorder:
             self.selections = selections(call.queries.modality, self.labels)
         output, mass = call.attend(num_modalities=call.num_modalities)
         assert mass is not None
-        even = chance_of(call, call.state.modality, range(call.num_modalities))
+        keys, modalities = call.state.modality.cpu().numpy(), range(call.num_modalities)
+        even = chance_masses(keys, *seen_by(call), modalities=modalities, combine=combine_of(call))
         self.sums[call.index] = {kind: _summed(mass, chosen) for kind, chosen in self.selections.items()}
         self.chance[call.index] = {
             kind: (even * chosen.cpu().numpy()[..., None]).sum(1) for kind, chosen in self.selections.items()
@@ -93,16 +94,16 @@ class BalanceRecorder:
         }
 
 
-def chance_of(call: AttentionCall, groups: Tensor, modalities: Sequence[int]) -> np.ndarray:
-    """(B, n, G): the masses of `call` on groups of keys (B, K) of these modalities, at even attention."""
-    queries = call.queries
-    return chance_masses(
-        groups.cpu().numpy(),
-        queries.modality.cpu().numpy(),
-        None if queries.key_range is None else queries.key_range.cpu().numpy(),
-        modalities=modalities,
-        combine="joint" if call.layer is None else call.layer.config.combine,
-    )
+def seen_by(call: AttentionCall) -> tuple[np.ndarray, np.ndarray | None]:
+    """(B, n) the modality of the queries of `call`, and the intervals (B|1, n, 2) of keys that each sees; None for
+    causal attention."""
+    ranges = call.queries.key_range
+    return call.queries.modality.cpu().numpy(), None if ranges is None else ranges.cpu().numpy()
+
+
+def combine_of(call: AttentionCall) -> str:
+    """ "joint" or "split", how the attention of `call` is normalised."""
+    return "joint" if call.layer is None else call.layer.config.combine
 
 
 def _summed(mass: Tensor, chosen: Tensor) -> np.ndarray:

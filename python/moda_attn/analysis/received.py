@@ -15,9 +15,11 @@ from ..config import TEXT
 from ..errors import ModaRuntimeError, ModaValueError
 from ..hf.record import AttentionCall
 from ..hf.wrappers import unwrapped
+from .chance import chance_received
 from .grid import ImageTokens, image_tokens
-from .measure import forward, is_patched, selections, unmeasured
+from .measure import combine_of, forward, is_patched, seen_by, selections, unmeasured
 from .report import modality_name, plain
+from .statistics import Kind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +35,7 @@ class ReceivedAttention:
         mass: (modality, answer rows alone) of the query rows -> (L, B, N): mean over these rows of the same batch row,
             and over heads. NaN in a batch row that has no such query rows. Over the tokens of a row it adds up to 1,
             less the pseudo-scores' share (to 2 at most with ``combine="split"``).
+        chance: the same at even attention of these rows to every key that they see.
         images: for each batch row the tokens that show a whole image, an entry an image.
         tiles: for each batch row those of closer looks at parts of its images, which some processors add.
         patched: whether the model was patched.
@@ -41,7 +44,8 @@ class ReceivedAttention:
 
     layers: tuple[int, ...]
     modality: np.ndarray
-    mass: dict[tuple[int, bool], np.ndarray]
+    mass: dict[Kind, np.ndarray]
+    chance: dict[Kind, np.ndarray]
     images: tuple[tuple[ImageTokens, ...], ...]
     tiles: tuple[tuple[ImageTokens, ...], ...]
     patched: bool
@@ -49,9 +53,16 @@ class ReceivedAttention:
 
     def of(self, modality: int = TEXT, *, answers_only: bool = False) -> np.ndarray:
         """(L, B, N): what the query rows of `modality` give; raises ``KeyError`` where there are none."""
-        if (modality, answers_only) not in self.mass:
+        return self._from(self.mass, modality, answers_only)
+
+    def chance_of(self, modality: int = TEXT, *, answers_only: bool = False) -> np.ndarray:
+        """(L, B, N): what they would give at even attention."""
+        return self._from(self.chance, modality, answers_only)
+
+    def _from(self, given: dict[Kind, np.ndarray], modality: int, answers_only: bool) -> np.ndarray:
+        if (modality, answers_only) not in given:
             raise KeyError(f"no {'answer ' if answers_only else ''}query rows of {modality_name(modality)}")
-        return self.mass[modality, answers_only]
+        return given[modality, answers_only]
 
     def heat_map(
         self,
@@ -84,6 +95,17 @@ class ReceivedAttention:
         received = self.of(modality, answers_only=answers_only)[:, row, tokens.columns]
         return received.reshape(len(self.layers), frames * height, width)
 
+    def share_at_chance(
+        self, row: int = 0, image: int = 0, *, modality: int = TEXT, answers_only: bool = False
+    ) -> float:
+        """The share of the attention of these query rows that would lie on an image if it were even, mean over layers.
+
+        Args:
+            row, image, modality, answers_only: as for `heat_map`.
+        """
+        received = self.chance_of(modality, answers_only=answers_only)[:, row, self.images[row][image].columns]
+        return float(received.sum(axis=-1).mean())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists; None stands for NaN."""
         return {
@@ -94,7 +116,12 @@ class ReceivedAttention:
             "images": [[image.to_dict() for image in row] for row in self.images],
             "tiles": [[tile.to_dict() for tile in row] for row in self.tiles],
             "mass": [
-                {"modality": modality, "answers_only": answers, "received": plain(received)}
+                {
+                    "modality": modality,
+                    "answers_only": answers,
+                    "received": plain(received),
+                    "chance": plain(self.chance[modality, answers]),
+                }
                 for (modality, answers), received in self.mass.items()
             ],
         }
@@ -120,14 +147,18 @@ def received_attention(model: nn.Module, **inputs: Any) -> ReceivedAttention:
     """
     recorder = forward(model, ReceivedRecorder(inputs.get("labels")), inputs)
     layers = tuple(sorted(recorder.received))
-    stacked = np.stack([recorder.received[layer] for layer in layers], axis=1)
+    mass, chance = (
+        dict(zip(recorder.selections, np.stack([found[layer] for layer in layers], axis=1), strict=True))
+        for found in (recorder.received, recorder.chance)
+    )
     assert recorder.modality is not None
     modality = recorder.modality.cpu().numpy()
     images, tiles = zip(*image_tokens(unwrapped(model), inputs, modality), strict=True)
     return ReceivedAttention(
         layers,
         modality,
-        dict(zip(recorder.selections, stacked, strict=True)),
+        mass,
+        chance,
         images,
         tiles,
         is_patched(model),
@@ -136,7 +167,8 @@ def received_attention(model: nn.Module, **inputs: Any) -> ReceivedAttention:
 
 
 class ReceivedRecorder:
-    """Collects for each layer what every key receives from each selection of query rows, (S, B, K).
+    """Collects for each layer what every key receives from each selection of query rows, measured and at chance, each
+    (S, B, K).
 
     Args:
         labels: (B, N), where the model is given them merged already.
@@ -145,8 +177,9 @@ class ReceivedRecorder:
     def __init__(self, labels: Tensor | None):
         self.labels = labels
         self.modality: Tensor | None = None
-        self.selections: dict[tuple[int, bool], Tensor] = {}
+        self.selections: dict[Kind, Tensor] = {}
         self.received: dict[int, np.ndarray] = {}
+        self.chance: dict[int, np.ndarray] = {}
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Called by the attention function."""
@@ -158,6 +191,9 @@ class ReceivedRecorder:
         rows = torch.stack(list(self.selections.values())).to(call.query.device)
         output, received = attend_and_receive(call, rows)
         self.received[call.index] = received.double().cpu().numpy()
+        self.chance[call.index] = chance_received(
+            call.state.modality.cpu().numpy(), *seen_by(call), rows.cpu().numpy(), combine=combine_of(call)
+        )
         return output
 
 

@@ -80,6 +80,8 @@ def comparison_table(comparison: BalanceComparison) -> str:
     inputs = max(row.before.inputs for row in comparison.rows)
     sample = f"{inputs} inputs, {'paired' if comparison.paired else 'not paired'}" if inputs > 1 else "one input"
     lines = [f"Attention balance, {before} → {after}; {sample}; in brackets 95 % intervals over the inputs"]
+    left_out = [*unmeasured_layers(comparison.before.unmeasured), *unmeasured_layers(comparison.after.unmeasured)]
+    lines += [f"not measured: {layers}" for layers in dict.fromkeys(left_out)]
     width = max(len(row.name) for row in comparison.rows)
     for row in comparison.rows:
         lines.append("")

@@ -32,13 +32,15 @@ class Looks:
 def look_closely(models: Mapping[str, torch.nn.Module], experiment: Experiment) -> Looks:
     """Heat maps and answers of the first scans, the keys of all questions."""
     questions = experiment.questions[:SCANS]
+    scans = [question.item for question in experiment.questions]
     everything = training_batch(experiment.questions, experiment.parts["test"], experiment.tokenizer)
     return Looks(
         images=[_heat(models, experiment, question) for question in questions],
         answers=[
             _answer(name, model, experiment, question) for question in questions for name, model in models.items()
         ],
-        keys={name: key_space(model, **everything) for name, model in models.items()},
+        # The questions about a scan are no independent inputs.
+        keys={name: key_space(model, **everything).grouped_by(scans) for name, model in models.items()},
     )
 
 
@@ -49,7 +51,9 @@ def _heat(models: Mapping[str, torch.nn.Module], experiment: Experiment, questio
     received = {name: received_attention(model, **batch) for name, model in models.items()}
     heat = {name: found.heat_map(modality=TEXT, answers_only=True) for name, found in received.items()}
     # The scans are ink on paper: 16 is black.
-    return SeenImage(16 - digits.scans[question.item], _spoken(question), heat, next(iter(received.values())).layers)
+    first = next(iter(received.values()))
+    chance = first.share_at_chance(modality=TEXT, answers_only=True)
+    return SeenImage(16 - digits.scans[question.item], _spoken(question), heat, first.layers, chance)
 
 
 def _answer(name: str, model: torch.nn.Module, experiment: Experiment, question: Question) -> Answer:

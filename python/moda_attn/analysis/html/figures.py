@@ -52,8 +52,12 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     # Ids are unique within a picture only, and a page holds many; letters are the same in all of them.
     text = re.sub(rf'\bid="(?!{_FONT})', f'id="{name}-', text)
     text = re.sub(rf'(href="#|url\(#)(?!{_FONT})', rf"\g<1>{name}-", text)
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
+    # What nobody sees or refers to is half of what matplotlib writes.
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"<g/>", "", text)
+    text = re.sub(r"\s*\n\s*", " ", text).replace("> <", "><")
+    text = re.sub(r' (d|x|y)="[^"]*"|translate\([^)]*\)', lambda place: re.sub(r"(\.\d\d)\d+", r"\1", place[0]), text)
     text = re.sub(r"<svg ([^>]*)", rf'<svg role="img" aria-label="{escape(alt)}" \1', text, count=1)
     return re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", text, count=2)
 

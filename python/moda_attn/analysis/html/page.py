@@ -13,7 +13,7 @@ import numpy as np
 
 from ..compare import BalanceComparison
 from ..report import BalanceReport
-from . import sections
+from . import details, sections, words
 from .figures import colour_rules, share_letters
 
 if TYPE_CHECKING:
@@ -30,12 +30,15 @@ class SeenImage:
         caption: what it is, such as the prompt.
         heat: name of a model -> (L, height, width), as `ReceivedAttention.heat_map` gives it.
         layers: the layers' indices.
+        chance: the share of the attention that would lie on the image if it were even, as
+            `ReceivedAttention.share_at_chance` gives it; None where it is not known.
     """
 
     picture: Any
     caption: str
     heat: Mapping[str, np.ndarray]
     layers: Sequence[int]
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,12 @@ class ReportPage:
             parts = sections.of_report(self.balance)
         body = [
             f"<header><h1>{escape(self.title)}</h1>",
-            '<p class="lead">Where a model’s queries look: at keys of their own modality, at other modalities, or at'
-            " the pseudo-scores of MODA’s mask (arXiv 2507.04635, equation 4 and figures 2 and 4).</p>",
+            f'<p class="lead">{words.LEAD}</p>',
             f"<dl>{facts}</dl></header>" if facts else "</header>",
             *parts,
-            *sections.of_images(self.images),
-            *sections.of_answers(self.answers),
-            *sections.of_keys(self.keys),
+            *details.of_images(self.images),
+            *details.of_answers(self.answers),
+            *details.of_keys(self.keys),
             sections.traps(),
             sections.numbers(self.balance),
         ]

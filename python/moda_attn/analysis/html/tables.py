@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 from ..measures import FACTORS, MEASURES
+from ..plot.gap import TITLES
 from ..table import MEASURE_NAMES
 from . import words
 
 if TYPE_CHECKING:
     from ..compare import BalanceComparison, RowComparison
     from ..intervals import Change
+    from ..keyspace import KeySpace
     from ..report import BalanceReport, RowBalance
 
 
@@ -24,10 +26,10 @@ def of_measures(report: BalanceReport) -> str:
         lines = []
         for row in report.every:
             intervals = _interval(name, row.intervals[name], " over the inputs")
-            if name in FACTORS:
-                fit = row.decay_fit
-                by_fit = (fit.low, fit.high) if name == "decay" else (fit.error_low, fit.error_high)
-                intervals = _interval(name, by_fit, " by the fit") + intervals
+            fit = row.decay_fit
+            by_fit = {"decay": (fit.low, fit.high), "error": (fit.error_low, fit.error_high)}
+            if name in by_fit:
+                intervals = _interval(name, by_fit[name], " by the fit") + intervals
             cells = f"<td>{_strong(_value(name, getattr(row, name)))}{intervals}</td><td>{_at_chance(name, row)}</td>"
             lines.append(_row(row.name.capitalize(), cells))
         bodies.append(_body(name, 3, lines))
@@ -58,6 +60,31 @@ def of_layers(row: RowBalance, layers: Sequence[int], title: str) -> str:
     ]
     titles = ("layer", "self", "cross", "pseudo", "self at chance", "cross at chance")
     return _table(title, titles, [f"<tbody>{''.join(lines)}</tbody>"])
+
+
+def of_keys(spaces: Mapping[str, KeySpace]) -> str:
+    """The numbers of the key space, means over layers and heads, before and after alignment."""
+    bodies = []
+    for name, title in TITLES.items():
+        lines = []
+        for model, space in spaces.items():
+            found = space.summary(name)
+            forms = {"before": ".3f", "after": ".3f", "change": "+.3f"}
+            cells = "".join(f"<td>{_distance(found.get(stage), form)}</td>" for stage, form in forms.items())
+            lines.append(_row(model, cells))
+        heading = f'<th class="note" scope="rowgroup" colspan="4"><b>{escape(title)}</b></th>'
+        bodies.append(f"<tbody><tr>{heading}</tr>{''.join(lines)}</tbody>")
+    counts = sorted({space.inputs for space in spaces.values()})
+    inputs = " and ".join(f"{count:,}" for count in counts) + (" inputs" if counts[-1] > 1 else " input")
+    caption = f"Text against vision, means over layers, heads and {inputs}. Below: 95 % intervals over the inputs"
+    return _table(caption, ("keys of", "before", "after", "change"), bodies)
+
+
+def _distance(found: Change | None, form: str) -> str:
+    if found is None or math.isnan(found.value):
+        return "–"
+    value, low, high = (f"{part:{form}}".replace("-", "−") for part in found)
+    return _strong(value) + ("" if math.isnan(found.low) else f'<span class="interval">{low} to {high}</span>')
 
 
 def _at_chance(name: str, row: RowBalance) -> str:
@@ -107,10 +134,10 @@ def _value(name: str, value: float) -> str:
 
 
 def _factor(value: float) -> str:
-    """Three digits, with a power of ten where the number is far from 1."""
+    """Three digits; two and a power of ten where the number is far from 1."""
     if math.isnan(value) or value == 0 or 1e-3 <= value < 1e4:
         return f"{value:.3f}" if 0.1 <= value < 10 else f"{value:.3g}"
-    digits, _, power = f"{value:.2e}".partition("e")
+    digits, _, power = f"{value:.1e}".partition("e")
     return f"{digits}·10<sup>{int(power)}</sup>".replace("-", "−")
 
 

@@ -29,7 +29,8 @@ def generation(
     layers: Sequence[int] | None = None,
     style: str = "light",
 ) -> Figure:
-    """Stacked shares of attention for every generated token: image, prompt's text, generated so far, pseudo-scores.
+    """Stacked shares of attention for every generated token: image, prompt's text, generated so far, pseudo-scores; and
+    a mark for the image's share at chance.
 
     Args:
         words: of the tokens, decoded one by one; default their numbers.
@@ -73,9 +74,9 @@ def draw_generation(
     stack = (
         ("image", [VISION], theme.cross),
         (" and ".join(columns[place] for place in further), further, theme.further),
-        ("prompt’s text", [TEXT], theme.own),
-        ("generated before", [last - 1], theme.generated),
-        ("pseudo-scores", [last], theme.pseudo),
+        ("prompt", [TEXT], theme.own),
+        ("generated", [last - 1], theme.generated),
+        ("pseudo", [last], theme.pseudo),
     )
     place, below = np.arange(1, len(shares) + 1), np.zeros(len(shares))
     apart = len(shares) <= SPELLED

@@ -32,7 +32,10 @@ def heads(report: BalanceReport, *, style: str = "light") -> Figure:
 
 
 def draw_heads(axes: Axes, layers: tuple[int, ...], row: RowBalance, theme: Theme) -> None:
-    """Blue: a head looks at its own modality; orange: at others; pale: evenly, or at the pseudo-scores."""
+    """Blue: a head looks at its own modality; orange: at others; pale: at both alike, or at the pseudo-scores.
+
+    A line on the colour bar marks chance.
+    """
     own = row.mass[..., row.modality]
     others = np.delete(row.mass[..., :-1], row.modality, axis=-1).sum(axis=-1)
     image = axes.imshow(
@@ -53,7 +56,9 @@ def draw_heads(axes: Axes, layers: tuple[int, ...], row: RowBalance, theme: Them
         axes.grid(which="minor", color=theme.paper, linewidth=1.2)
         axes.tick_params(which="minor", length=0)
     bar = axes.figure.colorbar(image, ax=axes, ticks=[-1, 0, 1], shrink=0.95, pad=0.03, aspect=18)
-    bar.ax.set_yticklabels(["all on\nothers", "even", "all on\nown"])
+    bar.ax.set_yticklabels(["all on\nothers", "both\nalike", "all on\nown"])
+    chance = np.mean(np.subtract(row.chance.self_mass, row.chance.cross_mass))
+    bar.ax.axhline(chance, color=theme.ink, linewidth=1.2)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
 

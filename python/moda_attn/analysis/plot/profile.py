@@ -64,11 +64,10 @@ def draw_profile(axes: Axes, layers: tuple[int, ...], row: RowBalance, theme: Th
     """The three masses as lines with their bands, and thin ones for chance."""
     for masses, colour in ((row.chance.self_mass, theme.own), (row.chance.cross_mass, theme.cross)):
         axes.plot(layers, masses, color=colour, lw=0.9, marker="_" if len(layers) == 1 else None, ms=14)
-    axes.plot([], [], color=theme.muted, lw=0.9, label="at chance")
     lines = (
-        ("own modality", row.self_mass, theme.own, "-", "o"),
+        ("own", row.self_mass, theme.own, "-", "o"),
         ("others", row.cross_mass, theme.cross, (0, (4, 1.6)), "s"),
-        ("pseudo-scores", row.pseudo_mass, theme.pseudo, (0, (1, 1.4)), "D"),
+        ("pseudo", row.pseudo_mass, theme.pseudo, (0, (1, 1.4)), "D"),
     )
     top = 1.0
     for place, (label, masses, colour, dashes, marker) in enumerate(lines):
@@ -82,5 +81,6 @@ def draw_profile(axes: Axes, layers: tuple[int, ...], row: RowBalance, theme: Th
             label=label, solid_capstyle="round", clip_on=False,
         )  # fmt: skip
         top = max(top, *masses)
+    axes.plot([], [], color=theme.muted, lw=0.9, label="chance")
     layer_axis(axes, layers)
     share_axis(axes, 1.0 if top <= 1.0 + 1e-6 else 1.05 * top)

@@ -130,12 +130,10 @@ def grid_of_panels(count: int, size: tuple[float, float], columns: int = 2) -> t
 
 
 def legend_above(panels: Sequence[Axes]) -> None:
-    """One legend for all panels, above them, of every label that one of them has."""
+    """One legend for all panels, above them, of every label that one of them has; chance is named last."""
     figure: Any = panels[0].figure
-    entries: dict[str, Any] = {}
-    for axes in panels:
-        handles, labels = axes.get_legend_handles_labels()
-        entries.update(dict(zip(labels, handles, strict=True)))
+    named = [pair for axes in panels for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True)]
+    entries: dict[str, Any] = dict(sorted(named, key=lambda pair: "chance" in pair[0]))
     # Two rows where one would leave the figure.
     inches = sum(0.5 + 0.068 * len(label) for label in entries)
     figure.legend(
