@@ -7,6 +7,9 @@ import os
 import pytest
 import torch
 
+# No test needs the network, and none may wait for it: a library that asks the Hub, even in passing, fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Tiny models gain nothing from threads, and on a busy machine threads that wait for each other take minutes. Tests of
 # the number of threads set it themselves.
 torch.set_num_threads(1)

@@ -296,14 +296,14 @@ def test_threads_do_not_mix_up_their_prompts(name: str):
     """Both merge before either decodes, to shapes that fit each other's ids."""
     if name == "cambrian-sva":
         pytest.skip("Cambrian's SVA keeps the image features of its last generate on the model")
-    model, pause = patched(name), threading.Barrier(2, timeout=60)
+    model, pause = patched(name), threading.Barrier(2, timeout=300)
     batches = [legacy_models.inputs(name, [row]) for row in ("TITTT", "TTITT" if CODES[name].loose else "TITTT")]
     if not CODES[name].loose:
         batches[1] = {key: value for key, value in batches[1].items() if not key.startswith("image")}
         batches[1]["input_ids"] = torch.randint(2, legacy_models.VOCABULARY, (1, 5))
     alone = [generate(model, x).scores for x in batches]
     waiting = model.model.register_forward_pre_hook(lambda *_: (pause.wait(), None)[1])
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with concurrent.futures.ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         together = list(pool.map(lambda x: generate(model, x).scores, batches))
     waiting.remove()
     for expected, found in zip(alone, together, strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perturb import randomise
-from tiny_families import BUILDERS, IMAGE, PAD, RELEASE, TEXT_END, VIDEO, VIDEO_START, VOCABULARY
+from tiny_families import BUILDERS, IMAGE, PAD, RELEASE, TEXT_END, VIDEO, VIDEO_START, VOCABULARY, Builder
 
 __all__ = [
     "BUILDERS",
@@ -33,15 +33,21 @@ ALL = tuple(BUILDERS)
 
 @functools.cache
 def _template(family: str) -> nn.Module:
-    torch.manual_seed(20250710)
-    model = BUILDERS[family].make()
+    # Apart from the test's own random numbers, which may not depend on what was built before it.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20250710)
+        return _made(BUILDERS[family])
+
+
+def _made(builder: Builder) -> nn.Module:
+    model = builder.make()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     with torch.no_grad():
         # Zero padding embeddings, the default, would hide keys of padding that are attended by mistake.
         model.get_input_embeddings().weight[PAD].normal_()
         # Weights of the usual size give flat attention: nothing that goes wrong in it would show in the logits.
-        for name, weight in model.get_submodule(BUILDERS[family].decoder).named_parameters():
+        for name, weight in model.get_submodule(builder.decoder).named_parameters():
             if "self_attn" in name:
                 weight.mul_(15.0 if "q_proj" in name or "k_proj" in name else 8.0)
             elif weight.dim() == 2:
