@@ -90,15 +90,16 @@ def test_an_assistants_drafts_stay_out_of_the_basis(kind: str):
     assert difference(steps, other) < TOLERANCE
 
 
-def repetitive() -> dict[str, Tensor]:
+def repetitive(family: str = "llava-llama") -> dict[str, Tensor]:
     """A prompt whose end stood in it before, so that prompt lookup has drafts at the first step."""
-    x = tiny.inputs("llava-llama", ["TTITTTTITTTTTT"])
+    x = tiny.inputs(family, ["TTITTTTITTTTTT"])
     x["input_ids"][0, -6:] = torch.tensor([5, 6, 7, 8, 5, 6])
     return x
 
 
-def test_prompt_lookup_keeps_drafts_out_of_the_basis():
-    model, x = patched(), repetitive()
+@pytest.mark.parametrize("family", ["llava-llama", "qwen2.5-vl", "glm4v"])  # these two have mm_token_type_ids
+def test_prompt_lookup_keeps_drafts_out_of_the_basis(family: str):
+    model, x = patched(family), repetitive(family)
     tokens, steps = generated(model, x)
     again, other = generated(model, x, **LOOKUP)
     assert torch.equal(tokens, again)
