@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from perturb import randomise
-from tiny_families import BUILDERS, IMAGE, PAD, RELEASE, TEXT_END, VIDEO, VIDEO_START, VOCABULARY, Builder
+from tiny_configs import IMAGE, PAD, RELEASE, TEXT_END, VIDEO, VIDEO_START, VOCABULARY
+from tiny_families import BUILDERS, Builder
 
 __all__ = [
     "BUILDERS",
