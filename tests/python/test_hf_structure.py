@@ -94,6 +94,17 @@ def test_an_unknown_model_without_ids_raises():
         model.model(**X)
 
 
+def test_labels_of_whole_rows_do_not_mark_a_prompt():
+    model = hf.LlamaForSequenceClassification(hf.LlamaConfig(**TEXT, num_labels=3)).eval()
+    moda_attn.apply(model)
+    x = X | {"modality_ids": KINDS, "labels": torch.tensor([0, 2])}
+    everything = {"moda_context": torch.ones_like(IDS, dtype=torch.bool)}
+    assert torch.equal(model(**x).logits, model(**x, **everything).logits)
+    with pytest.raises(ModaValueError, match=r"labels of shape \(2,\) do not say it"):
+        model.train()(**x)
+    model(**x, **everything).loss.backward()
+
+
 def test_the_model_inside_the_model_can_be_patched_alone():
     """`LlavaModel` is what people train heads of their own on; its family is known by its configuration."""
     whole = tiny.build("llava-llama")
