@@ -14,7 +14,7 @@ from moda_attn import ModaConfig
 from moda_attn.errors import ModaRuntimeError, ModaValueError
 from moda_attn.hf import FAMILIES
 from moda_attn.hf.structure import find_structure
-from tiny_families import TEXT, VISION
+from tiny_configs import TEXT, VISION
 
 
 def test_every_family_is_found_where_it_keeps_its_decoder():
