@@ -107,7 +107,7 @@ def _modality(arguments: Mapping[str, Any], tokens: MediaTokens) -> Tensor:
     elif tokens.image is None and not is_filled(arguments.get("past_key_values")):
         raise ModaValueError(
             "this model is of no family whose placeholders are known: give modality_ids (B, N), 0 text and 1 vision, "
-            "to forward or generate"
+            "to forward or generate, or name its placeholders in moda_attn.hf.FAMILIES"
         )
     else:
         modality = _from_placeholders(arguments, ids, tokens)
