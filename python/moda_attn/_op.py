@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _cuda, _native
 from ._mass import MassBy, columns
+from ._transforms import transformable
 from .errors import ModaRuntimeError
 
 __all__ = ["DEVICES", "duplex_align", "modular_attention", "pseudo_sink"]
@@ -144,7 +145,7 @@ def _align_formula(ctx: Any, d_aligned: Tensor | None, d_basis: Tensor | None) -
         if d_basis is None:
             return (None,) * 9
         d_aligned = torch.zeros_like(key)
-    d_key, d_value, d_keep, d_mix, d_given = torch.ops.moda_attn.duplex_align_backward.default(
+    d_key, d_value, d_keep, d_mix, d_given = _duplex_align_backward(
         key, value, modality, keep, mix, kind, context, basis, computed, eps, d_aligned, d_basis
     )
     d_keep, d_mix = d_keep.to(keep.dtype), d_mix.to(mix.dtype)
@@ -187,7 +188,7 @@ def _sink_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _sink_formula(ctx: Any, d_sink: Tensor) -> tuple[Tensor | None, ...]:
     position, query_modality, decay, base = ctx.saved_tensors
     inputs = (position, query_modality, ctx.span, decay, base, d_sink)
-    d_decay, d_base = torch.ops.moda_attn.pseudo_sink_backward.default(*inputs)
+    d_decay, d_base = _pseudo_sink_backward(*inputs)
     return None, None, None, d_decay, d_base
 
 
@@ -290,9 +291,7 @@ def _attention_formula(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tup
     is_causal, scale, combine = ctx.options
     needs_sink, needs_bias = ctx.needs_input_grad[7], ctx.needs_input_grad[8]
     inputs = (query, key, value, modality, query_modality, is_causal, scale, sink, modality_bias, key_range, combine)
-    gradients = torch.ops.moda_attn.modular_attention_backward.default(
-        *inputs, d_out, *upstream, needs_sink, needs_bias
-    )
+    gradients = _modular_attention_backward(*inputs, d_out, *upstream, needs_sink, needs_bias)
     d_query, d_key, d_value, d_sink, d_bias = gradients
     if needs_sink and combine != "split":
         d_sink = d_sink.squeeze(-1)
@@ -323,12 +322,14 @@ def _register(
         _LIBRARY.impl(name, partial(_on_cuda, cuda, fake), "CUDA")
     torch.library.register_fake(f"moda_attn::{name}", fake, lib=_LIBRARY)
     torch.library.register_autograd(f"moda_attn::{name}", formula, setup_context=setup, lib=_LIBRARY)
-    return getattr(torch.ops.moda_attn, name).default
+    return transformable(name, getattr(torch.ops.moda_attn, name).default, setup, formula)
 
 
-_register("duplex_align_backward", _align_backward, _cuda.align_backward, _align_gradients)
-_register("pseudo_sink_backward", _sink_backward, _cuda.sink_backward, _sink_gradients)
-_register("modular_attention_backward", _attention_backward, _cuda.attention_backward, _attention_gradients)
+_duplex_align_backward = _register("duplex_align_backward", _align_backward, _cuda.align_backward, _align_gradients)
+_pseudo_sink_backward = _register("pseudo_sink_backward", _sink_backward, _cuda.sink_backward, _sink_gradients)
+_modular_attention_backward = _register(
+    "modular_attention_backward", _attention_backward, _cuda.attention_backward, _attention_gradients
+)
 
 duplex_align = _register("duplex_align", _align, _cuda.align, _align_outputs, _align_setup, _align_formula)
 pseudo_sink = _register("pseudo_sink", _sink, _cuda.sink, _sink_outputs, _sink_setup, _sink_formula)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -176,6 +178,59 @@ def test_words_about_a_prompt_that_do_not_fit():
         model.generate(**x, modality_ids=ids[:, 1:], max_new_tokens=2)
     with pytest.raises(ModaTypeError, match="moda_context must be a torch"):
         model.generate(**x, moda_context=[True], max_new_tokens=2)
+
+
+class Pause(LogitsProcessor):
+    """Stops at its first step until `other` has come to its own, and then, if told so, until `other` is done."""
+
+    def __init__(self) -> None:
+        self.here, self.done, self.other, self.waits = threading.Event(), threading.Event(), None, False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.here.is_set():
+            self.here.set()
+            assert self.other.here.wait(60)
+            assert not self.waits or self.other.done.wait(60)
+        return scores
+
+
+def test_threads_do_not_mix_up_their_prompts():
+    """A second thread is inside its first step while the first one goes on: without a cache each step asks anew."""
+    model = patched()
+    batches = [tiny.inputs("llava-llama", row) for row in ("TITTTTTT", "TIT")]
+    alone = [generated(model, x, use_cache=False)[1] for x in batches]
+    pauses = [Pause(), Pause()]
+    pauses[0].other, pauses[1].other, pauses[1].waits = pauses[1], pauses[0], True
+
+    def together(number: int) -> Tensor:
+        if number:
+            assert pauses[0].here.wait(60)
+        options = {"use_cache": False, "logits_processor": LogitsProcessorList([pauses[number]])}
+        try:
+            return generated(model, batches[number], **options)[1]
+        finally:
+            pauses[number].done.set()
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for found, expected in zip(pool.map(together, range(2)), alone, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_a_refused_generate_leaves_nothing_behind():
+    model, x = patched(), tiny.inputs("llava-llama", "TITTTTTT")
+    expected = model(**x, use_cache=True)
+    words = {"modality_ids": torch.zeros(1, 1, dtype=torch.long)}
+    with pytest.raises(ModaValueError, match="past_key_values holds one already"):
+        model.generate(torch.tensor([[5]]), past_key_values=expected.past_key_values, **words)
+    assert torch.equal(model(**x).logits, expected.logits)
+
+
+def test_a_call_beside_the_prompt_that_words_about_it_do_not_fit():
+    model, x = patched(), tiny.inputs("llava-llama", "TITTT")
+    words = {"modality_ids": (x["input_ids"] == tiny.IMAGE).long()}
+    assert model.generate(**x, guidance_scale=2.0, max_new_tokens=2).shape[1] == x["input_ids"].shape[1] + 2
+    with pytest.raises(ModaValueError, match=r"tokens of shape \(1, 1\), as it does for guidance_scale"):
+        model.generate(**x, **words, guidance_scale=2.0, max_new_tokens=2)
 
 
 def test_continuous_batching_is_refused():

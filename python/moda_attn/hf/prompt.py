@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +60,37 @@ class Prompt:
             if tensor is None or tokens is None or arguments.get(name) is not None:
                 continue
             rows, columns = tokens.shape[:2]
+            if columns < tensor.shape[1] or rows % tensor.shape[0]:
+                raise ModaValueError(
+                    f"{name} describes a prompt of shape {tuple(tensor.shape)}, but generate runs the model on tokens "
+                    f"of shape {(rows, columns)}, as it does for guidance_scale: what those are is unknown"
+                )
             tensor = tensor.to(tokens.device).repeat_interleave(rows // tensor.shape[0], dim=0)
             rest = tensor.new_full((rows, columns - tensor.shape[1]), later)
             result[name] = torch.cat([tensor, rest], dim=1)
         return result
+
+
+class PerThread(threading.local):
+    """What belongs to the calling thread alone: several may generate on one model at the same time.
+
+    A copy of a model runs nothing yet, so that a copy of this holds nothing.
+    """
+
+    def __reduce__(self) -> tuple[type[PerThread], tuple[()]]:
+        return PerThread, ()
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """Of the `generate` that runs in this thread; None outside of one."""
+        return getattr(self, "_prompt", None)
+
+    @contextmanager
+    def generating(self, prompt: Prompt) -> Iterator[None]:
+        """Have `prompt` be the running one inside the block."""
+        outer = self.prompt
+        self._prompt: Prompt | None = prompt
+        try:
+            yield
+        finally:
+            self._prompt = outer
