@@ -125,14 +125,18 @@ fn races_between_lanes() {
 
 #[test]
 fn races_in_global_memory() {
-    found("both[t] = t; // HERE\n out[t] = both[63 - t];", TWO_WARPS, "is written, which warp 0 read since the last barrier");
+    found(
+        "both[t] = t; // HERE\n out[t] = both[63 - t];",
+        TWO_WARPS,
+        "is written, which warp 0 read since the last barrier",
+    );
     found(
         "if (t < 32) both[t] = 1; else\n out[t] = both[t - 32]; // HERE",
         TWO_WARPS,
         "is read, which warp 0 wrote since the last barrier",
     );
     found(
-        "u32 x = both[0]; if (t == 63)\n both[0] = x; // HERE",
+        "out[t] = both[0]; if (t == 63)\n both[0] = 1; // HERE",
         TWO_WARPS,
         "is written, which several warps read since the last barrier",
     );
