@@ -99,9 +99,10 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor with rows that kernels can read: a copy where it must be."""
-    if tensor.dim() > 1 and tensor.stride(-1) == 1 and tensor.data_ptr() % _VECTOR == 0:
-        step, others = _VECTOR // tensor.element_size(), zip(tensor.stride()[:-1], tensor.shape, strict=False)
-        if all(stride % step == 0 or count == 1 for stride, count in others):
+    if not tensor.is_contiguous() and tensor.data_ptr() % _VECTOR == 0:
+        *others, last = tensor.stride()
+        step = _VECTOR // tensor.element_size()
+        if last == 1 and not any(stride % step for stride in others):
             return tensor
     return _whole(tensor)
 
