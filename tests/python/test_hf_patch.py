@@ -219,6 +219,39 @@ def test_models_that_are_not_supported(model: object, error: type, message: str)
         moda_attn.apply(model)
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, nn.Sequential])
+def test_a_wrapper_names_what_is_inside(wrap):
+    with pytest.raises(ModaValueError, match=r"is a wrapper: apply to the LlavaForConditionalGeneration inside"):
+        moda_attn.apply(wrap(tiny.build()))
+
+
+@pytest.mark.parametrize("config", [ModaConfig(), ModaConfig(decay=0.1, fuser_rank=2)], ids=["slopes", "decay"])
+def test_parameters_are_where_the_model_is_and_can_be_trained(config: ModaConfig):
+    """Whatever the caller has set as the default, and in layers whose projections have no weights of the usual kind."""
+    model = tiny.build()
+    for layer in model.model.language_model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Quantized(getattr(layer.self_attn, name)))
+    with torch.inference_mode(), torch.device("meta"):
+        moda_attn.apply(model, config)
+    x = tiny.inputs("llava-llama", "TTITTT")
+    model.train()(**x, labels=x["input_ids"]).loss.backward()
+    own = [parameter for name, parameter in model.named_parameters() if ".moda." in name]
+    assert own
+    assert all((p.device.type, p.dtype, p.grad is not None) == ("cpu", torch.float32, True) for p in own)
+
+
+class Quantized(nn.Module):
+    """Stands for the linear layers of quantization libraries, which keep their weights under names of their own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.packed = nn.Parameter(linear.weight.detach())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.packed)
+
+
 def test_configurations_that_do_not_fit():
     model = tiny.build()
     for config, message in (

@@ -237,14 +237,16 @@ def context_of(
         if not isinstance(explicit, Tensor) or explicit.dtype != torch.bool or explicit.shape != modality.shape:
             raise ModaValueError(f"moda_context must be a bool tensor of shape {tuple(modality.shape)}")
         return explicit
-    if labels is not None:
+    if isinstance(labels, Tensor) and labels.shape == modality.shape:  # labels of tokens, not of whole rows
         # The label at column 0 predicts nothing: a label is predicted by the token before it.
         supervised = labels != -100
         supervised[:, 0] = False
         return supervised.int().cumsum(-1) == 0
     if training:
+        given = f"; labels of shape {tuple(labels.shape)} do not say it" if isinstance(labels, Tensor) else ""
         raise ModaValueError(
-            'context = "prompt" must know where the prompt ends: give labels or moda_context (B, N) bool to forward'
+            'context = "prompt" must know where the prompt ends: give labels (B, N) or moda_context (B, N) bool to '
+            f"forward{given}"
         )
     if prompt_length is not None:
         columns = torch.arange(modality.shape[1], device=modality.device)
