@@ -7,7 +7,7 @@ The machine needs Python, torch, transformers and pytest, neither a compiler nor
 folder of its own. Steps run one after the other, each in processes of its own with a limit in seconds: a step that
 fails or takes too long is recorded with what it found until then, and the next one runs.
 
-    describe    GPU, driver, versions
+    describe    GPU, driver, versions, a self-check
     host        host time of the first and of later calls; CUDA graphs; torch.compile
     model       a patched tiny LLaVA: losses of training and generated tokens, on the GPU and on the CPU
     parity      the tests of tests/python that are parametrised by device, on CUDA
@@ -38,7 +38,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests" / "python"
 #: Step -> seconds that are kept for it. What the steps before it leave over it may take as well.
-KEPT = {"describe": 20, "host": 60, "model": 40, "parity": 150, "race": 130, "sanitize": 60}
+KEPT = {"describe": 30, "host": 60, "model": 40, "parity": 150, "race": 130, "sanitize": 60}
 #: Most characters of what a failing step printed.
 PRINTED = 20_000
 

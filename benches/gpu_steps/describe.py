@@ -1,4 +1,4 @@
-"""GPU, driver and versions."""
+"""GPU, driver and versions, and whether the operators compute the right thing at all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import transformers
 
 import moda_attn
 from gpu_steps import Result, run
+from moda_attn import doctor
 
 
 def describe(device: str, quick: bool) -> Iterator[Result]:
@@ -40,6 +41,9 @@ def describe(device: str, quick: bool) -> Iterator[Result]:
         }
         summary = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, driver {machine['driver']}, torch {torch.__version__}"
     yield {"machine": machine, "summary": summary}
+    error = doctor.self_check(device)
+    outcome = "passed" if error <= doctor.TOLERANCE else "failed"
+    yield {"outcome": outcome, "machine": machine, "error": error, "summary": f"{summary}; self-check: {error:.1e}"}
 
 
 def _driver() -> str:
