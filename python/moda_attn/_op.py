@@ -310,16 +310,12 @@ def _refuse_double_backward(ctx: Any, *_: Any) -> NoReturn:
     )
 
 
-def _on_cuda(kernel: Any, outputs: Any, *inputs: Any) -> Any:
-    return kernel(outputs, inputs)
-
-
 def _register(
     name: str, kernel: Any, cuda: Any, fake: Any, setup: Any = None, formula: Any = _refuse_double_backward
 ) -> Any:
     _LIBRARY.impl(name, kernel, "CPU")
     if _cuda.IS_BUILT:
-        _LIBRARY.impl(name, partial(_on_cuda, cuda, fake), "CUDA")
+        _LIBRARY.impl(name, partial(_cuda.run, cuda, fake), "CUDA")
     torch.library.register_fake(f"moda_attn::{name}", fake, lib=_LIBRARY)
     torch.library.register_autograd(f"moda_attn::{name}", formula, setup_context=setup, lib=_LIBRARY)
     return transformable(name, getattr(torch.ops.moda_attn, name).default, setup, formula)
