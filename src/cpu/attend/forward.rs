@@ -99,11 +99,12 @@ struct Worker<'a, D: Dot, T: Element<Acc = D::Real>> {
     result: Buffer<D::Real>,
     tables: Tables<D::Real>,
     infos: Vec<RowInfo>,
-    /// The keys that all of them see.
+    /// The keys that each of them may see, and that all of them see.
+    keys: Vec<Range<usize>>,
     common: Range<usize>,
+    /// How many rows from each on have its head and modality.
+    alike: Vec<usize>,
     running: Vec<Running<D::Real>>,
-    /// Which keys of the current tile its rows see.
-    seen: Vec<Range<usize>>,
     masses: Masses<D::Real>,
     /// A row's probabilities for a block of keys before they were rounded to an operand, for its mass.
     numbers: Buffer<D::Real>,
@@ -129,9 +130,10 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             result: Buffer::new((sizes.parts - 1) * rows * sizes.stride, "a block of outputs")?,
             tables: Tables::new(&sizes)?,
             infos: Vec::with_capacity(rows),
+            keys: Vec::with_capacity(rows),
             common: 0..0,
+            alike: Vec::with_capacity(rows),
             running: Vec::with_capacity(rows),
-            seen: Vec::with_capacity(rows),
             masses: Masses::new(rows, if mass == Some(MassBy::Modality) { sizes.modalities } else { 0 })?,
             numbers: Buffer::new(if D::DEPTH > 1 { KEYS } else { 0 }, "a row of probabilities")?,
         })
@@ -192,7 +194,13 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         let (problem, s) = (self.problem, self.d.simd());
         self.infos.clear();
         self.infos.extend(infos(problem, &self.sizes, block, [b, h]));
+        self.keys.clear();
+        self.keys.extend(self.infos.iter().map(|info| info.first..info.visible));
         self.common = common(&self.infos);
+        self.alike.clear();
+        for run in self.infos.chunk_by(|a, b| a.row == b.row) {
+            self.alike.extend((1..=run.len()).rev());
+        }
         for (row, info) in self.infos.iter().enumerate() {
             // SAFETY: the buffer holds every row of a block.
             unsafe {
@@ -269,19 +277,13 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
     fn softmax(&mut self, keys: Block<'_>, range: &Range<usize>, rows: Range<usize>, near: &Range<usize>) -> usize {
         let Sizes { stride, score_stride, vectors, .. } = self.sizes;
         let of = self.infos[rows.start].row;
-        let alike = self.infos[rows.clone()].iter().take_while(|info| info.row == of).count();
         // Mass is added row by row.
-        let end = rows.start + if self.mass.is_some() { 1 } else { alike };
+        let end = if self.mass.is_some() { rows.start + 1 } else { rows.end.min(rows.start + self.alike[rows.start]) };
         // SAFETY: tables are of a whole block of keys, of which `near` is a part; padding sees none of them.
         let added = match of.modality {
             PADDING => Added::Same(D::Real::NEG_INFINITY),
             _ => unsafe { self.tables.added(self.problem, keys, of).after(near.start) },
         };
-        self.seen.clear();
-        self.seen.extend(self.infos[rows.start..end].iter().map(|info| {
-            let seen = info.sees(range);
-            seen.start.saturating_sub(near.start)..seen.end.saturating_sub(near.start)
-        }));
         let numbers = (D::DEPTH > 1 && self.mass.is_some()).then(|| self.numbers.as_mut_ptr());
         let (mut row, mut far) = (rows.start, false);
         loop {
@@ -296,7 +298,8 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
                 d: self.d,
                 span,
                 score_stride,
-                seen: &self.seen[row - rows.start..],
+                from: range.start + near.start,
+                keys: &self.keys[row..end],
                 running: &mut self.running[row..end],
                 sums,
                 sum_stride: stride,
@@ -309,13 +312,14 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
                 far = true;
                 continue;
             }
-            if let (Some(by), false) = (self.mass, self.seen[0].is_empty()) {
+            let visible = self.infos[rows.start].sees(range).end;
+            if let (Some(by), 1..) = (self.mass, visible) {
                 let scored = Scored {
                     tops: [before, self.running[rows.start].top],
                     total,
                     probabilities: numbers.unwrap_or(scores).cast_const(),
                     from: near.start,
-                    count: self.seen[0].end,
+                    count: visible - near.start,
                 };
                 self.add_mass(by, keys, rows.start, scored);
             }

@@ -4,7 +4,7 @@
 //! the maximum need not be exact: it must only be near enough that nothing overflows ([`follow`]). Where the sum of a
 //! block shows that it is not, the caller computes the scores again and the maximum moves ([`settle`]).
 
-use super::exp2::{exp2, exp2_one};
+use super::exp2::{exp2_by, exp2_one};
 use crate::cpu::dot::Dot;
 use crate::cpu::simd::{Simd, Task};
 use crate::dtype::Real;
@@ -102,12 +102,14 @@ impl<R: Real> Running<R> {
 /// its constants stay in registers, which they do not in the midst of everything else that a block takes.
 pub(crate) struct Rows<'r, D: Dot> {
     pub(crate) d: D,
-    /// Of the first row; `first` and `visible` are those of `seen`.
+    /// Of the first row; which of its keys are visible is left to `keys`.
     pub(crate) span: Span<D::Real>,
     /// From one row's scores to the next one's.
     pub(crate) score_stride: usize,
-    /// Which keys of the span each row sees.
-    pub(crate) seen: &'r [Range<usize>],
+    /// The first key of the span.
+    pub(crate) from: usize,
+    /// The keys that each row may see.
+    pub(crate) keys: &'r [Range<usize>],
     pub(crate) running: &'r mut [Running<D::Real>],
     /// The rows' weighted sums so far, `vectors` registers each.
     pub(crate) sums: *mut D::Real,
@@ -136,12 +138,14 @@ impl<D: Dot> Rows<'_, D> {
     fn weigh<const EACH: bool>(self) -> (usize, D::Real) {
         let far = D::Real::from_f64(FAR);
         let mut total = D::Real::ZERO;
-        for (row, (seen, running)) in self.seen.iter().zip(self.running).enumerate() {
+        for (row, (keys, running)) in self.keys.iter().zip(self.running).enumerate() {
             // SAFETY: whoever made this vouches for every row's scores and sums.
             unsafe {
                 let scores = self.span.scores.add(row * self.score_stride);
-                let span = Span { scores, first: seen.start, visible: seen.end, ..self.span };
-                if seen.is_empty() {
+                let first = keys.start.saturating_sub(self.from);
+                let visible = keys.end.saturating_sub(self.from).min(self.span.reach);
+                let span = Span { scores, first, visible, ..self.span };
+                if first >= visible {
                     clear_left(self.d, scores, 0, span.reach);
                 } else if running.seen && !(self.far && row == 0) {
                     total = weigh::<D, EACH>(self.d, span, running.top);
@@ -156,7 +160,7 @@ impl<D: Dot> Rows<'_, D> {
                 }
             }
         }
-        (self.seen.len(), total)
+        (self.keys.len(), total)
     }
 }
 
@@ -339,7 +343,7 @@ unsafe fn weigh_register<D: Dot, const EACH: bool, const EDGE: bool>(
     unsafe {
         // Subtracted last: near the maximum that is exact, while a sum with the mask rounds for the whole row.
         let x = s.sub(relative.score::<D::Simd, EACH>(s, &span, at), relative.top);
-        let mut p = exp2(s, x);
+        let mut p = exp2_by(s, D::EXP2, x);
         if EDGE {
             p = span.visible_of(s, at, p, s.zero());
         }
