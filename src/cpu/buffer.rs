@@ -1,8 +1,9 @@
 //! Workspace memory: aligned to cache lines, zeroed, and an error instead of an abort where there is none.
 
+use super::pages::prefer_large;
 use crate::dtype::Real;
 use crate::error::{Error, Result};
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc, dealloc};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
@@ -29,7 +30,10 @@ impl<R: Real> Buffer<R> {
         let failed = || Error::Allocation { bytes: length.saturating_mul(size_of::<R>()), what };
         let layout = Self::layout(length).ok_or_else(failed)?;
         // SAFETY: the layout is not of size zero.
-        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) }.cast::<R>()).ok_or_else(failed)?;
+        let pointer = NonNull::new(unsafe { alloc(layout) }.cast::<R>()).ok_or_else(failed)?;
+        prefer_large(pointer.as_ptr().cast(), layout.size());
+        // SAFETY: `length` numbers that were just allocated; zero bytes are the number zero.
+        unsafe { pointer.write_bytes(0, length) };
         Ok(Self { pointer, length })
     }
 
