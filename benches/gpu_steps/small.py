@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-import parity
 from moda_attn import functional
-from parity import align_problem, attention_problem, evaluate
+from parity import evaluate
+from problems import STAPLES, align_problem, attention_problem
 
 
 def small(device: str) -> None:
     """Forward and backward of attention and alignment in two dtypes, with all options in use."""
     for dtype in (torch.float32, torch.bfloat16):
-        for case in (parity.STAPLES[0], parity.STAPLES[1]):
+        for case in STAPLES[:2]:
             evaluate(functional.modular_attention, attention_problem(case, dtype), device=device, return_mass=True)
             evaluate(functional.duplex_align, align_problem(case, dtype), device=device)
     ids = torch.zeros(2, 9, dtype=torch.long, device=device)

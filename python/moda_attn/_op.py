@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _cpu, _cuda, _results
 from ._operator import Operator, differentiable
+from ._transforms import transformable
 from .errors import ModaRuntimeError
 
 __all__ = ["duplex_align", "modular_attention", "pseudo_sink"]
@@ -146,10 +147,12 @@ def _register(name: str, kernel: Any, cuda: Any, results: Any, derivative: Any =
         _LIBRARY.impl(name, partial(_on_cuda, cuda, results), "CUDA")
     torch.library.register_fake(f"moda_attn::{name}", results, lib=_LIBRARY)
     torch.library.register_autograd(f"moda_attn::{name}", formula, setup_context=setup, lib=_LIBRARY)
-    dispatched = getattr(torch.ops.moda_attn, name).default
+    registered = getattr(torch.ops.moda_attn, name).default
+    dispatched = transformable(name, registered, setup, formula)
     if derivative is None:
-        return Operator(dispatched, kernel, dispatched)
-    return Operator(dispatched, partial(kernel, for_backward=False), differentiable(kernel, *derivative), cast)
+        return Operator(registered._schema, dispatched, kernel, dispatched)
+    without, graph = partial(kernel, for_backward=False), differentiable(name, kernel, *derivative)
+    return Operator(registered._schema, dispatched, without, graph, cast)
 
 
 _align_backward = _register(

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import (
-    _are_functorch_transforms_active,
     _get_tracing_state,
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
@@ -22,8 +21,8 @@ from torch._C import (
 )
 from torch.autograd import _profiler_enabled
 
-from . import _cuda
-from .errors import ModaError, ModaTypeError, ModaValueError
+from . import _cuda, _transforms
+from .errors import ModaTypeError, ModaValueError
 
 #: Types of the devices that this build has kernels for.
 DEVICES = ("cpu", "cuda") if _cuda.IS_BUILT else ("cpu",)
@@ -47,6 +46,7 @@ class Operator:
     """An operator that calls its CPU kernel itself where that is all there is to do.
 
     Args:
+        schema: the arguments, by position.
         dispatched: the operator as torch knows it.
         kernel: its CPU kernel.
         differentiable: what is called in its place where a gradient may be asked for.
@@ -55,12 +55,13 @@ class Operator:
 
     def __init__(
         self,
-        dispatched: Any,
+        schema: torch.FunctionSchema,
+        dispatched: Callable[..., Any],
         kernel: Callable[..., Any],
         differentiable: Callable[..., Any],
         cast: Sequence[str] = (),
     ) -> None:
-        arguments = [(argument.name, str(argument.type)) for argument in dispatched._schema.arguments]
+        arguments = [(argument.name, str(argument.type)) for argument in schema.arguments]
         self._dispatched, self._kernel, self._differentiable = dispatched, kernel, differentiable
         self._types = [_TYPES[kind] for _, kind in arguments]
         self._tensors = [(at, name, kind != "Tensor") for at, (name, kind) in enumerate(arguments) if "Tensor" in kind]
@@ -80,10 +81,9 @@ class Operator:
         graph = torch.is_grad_enabled() and any(type(each) in _TENSORS and each.requires_grad for each in inputs)
         try:
             return self._differentiable(*inputs) if graph else self._kernel(*inputs)
-        except ModaError:
-            raise
         except Exception:
-            # No complaint of ours: the dispatcher words it as for any other operator.
+            # Whoever words the complaint must not depend on the way that a call takes; and some tensors whose memory a
+            # kernel cannot read are made readable by the dispatcher.
             return self._dispatched(*inputs)
 
     def _is_plain(self, inputs: Sequence[Any]) -> bool:
@@ -92,7 +92,7 @@ class Operator:
             torch.compiler.is_compiling()
             or _len_torch_function_stack()
             or _len_torch_dispatch_stack()
-            or _are_functorch_transforms_active()
+            or _transforms.are_active()
             or _is_any_autocast_enabled()
             or _profiler_enabled()
             or _get_tracing_state() is not None
@@ -137,19 +137,18 @@ class Operator:
 
 
 def differentiable(
-    kernel: Callable[..., Any], setup: Callable[..., None], formula: Callable[..., tuple[Tensor | None, ...]]
+    name: str, kernel: Callable[..., Any], setup: Callable[..., None], formula: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """A kernel with its derivative: what the dispatcher makes of the formula of a registered operator."""
+    """A kernel with its gradient, as the dispatcher has it.
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            results = kernel(*inputs)
-            setup(ctx, inputs, results)
-            return results
+    Forward takes the context itself: what transforms want instead costs as much as the dispatcher.
+    """
 
-        @staticmethod
-        def backward(ctx: Any, *upstream: Any) -> Any:
-            return formula(ctx, *upstream)
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        results = kernel(*inputs)
+        setup(ctx, inputs, results)
+        return results
 
-    return Differentiable.apply
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
+    function: Any = type(name, (torch.autograd.Function,), parts)
+    return function.apply

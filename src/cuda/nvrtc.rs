@@ -249,7 +249,8 @@ pub fn options(defines: &[(&str, i64)], (major, minor): (u32, u32), want: Want) 
         Want::Cubin => format!("--gpu-architecture=sm_{major}{minor}"),
         Want::Ptx => format!("--gpu-architecture=compute_{major}{minor}"),
     };
-    let mut options = vec![architecture, "--std=c++17".to_owned()];
+    // Not every release takes a generic lambda in device code for a device function without being told.
+    let mut options = vec![architecture, "--std=c++17".to_owned(), "--device-as-default-execution-space".to_owned()];
     options.push(match want {
         Want::Cubin => "--ptxas-options=-v".to_owned(),
         Want::Ptx => "--generate-line-info".to_owned(),

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATIENCE = 60.0
+PATIENCE = 300.0  # seconds without a word; a busy machine takes many to start it
 
 
 def find_browser() -> str | None:
-    """The first Chromium on the path."""
-    return next(filter(None, map(shutil.which, NAMES)), None)
+    """The first Chromium on the path that runs: some systems have a script in its place that says what to install."""
+    found = filter(None, map(shutil.which, NAMES))
+    return next(
+        (path for path in found if not subprocess.run([path, "--version"], capture_output=True).returncode), None
+    )
 
 
 class Browser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -23,7 +24,9 @@ def driver() -> str:
     rustc = os.environ.get("RUSTC") or shutil.which("rustc")
     if rustc is None:
         pytest.skip("needs rustc, which compiles the driver of the tests")
-    library = Path(tempfile.mkdtemp(prefix="moda-attn-driver-")) / "libcuda.so"
+    folder = tempfile.mkdtemp(prefix="moda-attn-driver-")
+    atexit.register(shutil.rmtree, folder)
+    library = Path(folder) / "libcuda.so"
     options = ["--edition=2024", "--crate-type=cdylib", "-Clink-arg=-Wl,-soname,libcuda.so", "-o", str(library)]
     subprocess.run([rustc, *options, str(SOURCE)], check=True, capture_output=True)
     return str(library)

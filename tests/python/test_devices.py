@@ -10,7 +10,8 @@ import torch
 import parity
 from moda_attn import functional as F
 from moda_attn import reference
-from parity import Case, align_problem, attention_problem, check, evaluate, promote
+from parity import check, evaluate, promote
+from problems import DTYPES, STAPLES, Case, align_problem, attention_problem, sink_problem
 from tolerance import assert_close
 
 everywhere = pytest.mark.parametrize("device", parity.DEVICES)
@@ -24,8 +25,8 @@ WIDE = (
 
 
 @everywhere
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*parity.STAPLES, *WIDE], ids=lambda case: f"{case.length}x{case.dim}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*STAPLES, *WIDE], ids=lambda case: f"{case.length}x{case.dim}")
 def test_the_reference_is_met(case: Case, dtype: torch.dtype, device: str):
     mass = "modality" if case.ranges == "window" else True
     check("modular_attention", attention_problem(case, dtype), dtype, device=device, return_mass=mass)
@@ -36,24 +37,16 @@ def test_the_reference_is_met(case: Case, dtype: torch.dtype, device: str):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("decay", [0.0, 1e-4, 0.5])
 def test_pseudo_scores(decay: float, dtype: torch.dtype, device: str):
-    modality = parity.modality_of(Case(length=300, batch=2, modalities=3, padding="left"))
-    arguments = {
-        "position": ((modality >= 0).cumsum(1) - 1).clamp(min=0),
-        "query_modality": modality,
-        "span": 4096,
-        "decay": torch.full((3, 4), decay, dtype=dtype),
-        "base": torch.full((3, 4), -4.0, dtype=dtype),
-    }
+    case = Case(length=300, batch=2, heads=4, modalities=3, padding="left")
+    arguments = sink_problem(case, dtype, span=4096, decay=decay, spread=0)
     got, upstream = evaluate(F.pseudo_sink, arguments, device=device)
-    upstream = [upstream[0].masked_fill(got["output 0"] == -torch.inf, 0)]
-    got, _ = evaluate(F.pseudo_sink, arguments, upstream, device=device)
     truth, _ = evaluate(reference.pseudo_sink, promote(arguments), upstream)
     for name, tensor in got.items():
         assert_close(tensor, truth[name], name=name, gradient=name != "output 0")
 
 
 @everywhere
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("combine", ["joint", "split"])
 def test_two_calls_give_the_same_bits(combine: str, dtype: torch.dtype, device: str):
     case = Case(length=300, batch=2, heads=6, kv_heads=2, dim=40, modalities=3, padding="left", combine=combine)
@@ -65,7 +58,7 @@ def test_two_calls_give_the_same_bits(combine: str, dtype: torch.dtype, device: 
 
 
 @everywhere
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_bad_query_spoils_its_own_row_alone(dtype: torch.dtype, device: str):
     case = Case(length=111, heads=4, kv_heads=2, dim=40, modalities=3)
     problem = {name: parity.moved(value, device) for name, value in attention_problem(case, dtype).items()}
@@ -97,7 +90,7 @@ def test_what_is_empty_is_empty_or_zero(sizes: tuple[int, int, int, int], device
 
 @everywhere
 def test_autocast_takes_its_dtype(device: str):
-    problem = attention_problem(replace(parity.STAPLES[0], dim=64), torch.float32)
+    problem = attention_problem(replace(STAPLES[0], dim=64), torch.float32)
     problem = {name: parity.moved(value, device) for name, value in problem.items()}
     with torch.autocast(device, dtype=torch.bfloat16):
         assert F.modular_attention(**problem).dtype == torch.bfloat16

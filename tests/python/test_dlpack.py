@@ -15,6 +15,9 @@ from moda_attn import functional as F
 from moda_attn import numpy as N
 from moda_attn.errors import ModaMemoryError, ModaTypeError, ModaValueError
 
+# What a deleter raises nobody catches: it must count.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+
 TORCH_DTYPES = {
     torch.bool: "bool",
     torch.uint8: "uint8",

@@ -14,7 +14,7 @@ from moda_attn import ModaConfig
 from moda_attn.errors import ModaRuntimeError, ModaValueError
 from moda_attn.hf import FAMILIES
 from moda_attn.hf.structure import find_structure
-from tiny_families import TEXT, VISION
+from tiny_configs import TEXT, VISION
 
 
 def test_every_family_is_found_where_it_keeps_its_decoder():
@@ -92,6 +92,17 @@ def test_an_unknown_model_without_ids_raises():
             call(**X)
     with pytest.raises(ModaRuntimeError, match="without modality ids"):
         model.model(**X)
+
+
+def test_labels_of_whole_rows_do_not_mark_a_prompt():
+    model = hf.LlamaForSequenceClassification(hf.LlamaConfig(**TEXT, num_labels=3)).eval()
+    moda_attn.apply(model)
+    x = X | {"modality_ids": KINDS, "labels": torch.tensor([0, 2])}
+    everything = {"moda_context": torch.ones_like(IDS, dtype=torch.bool)}
+    assert torch.equal(model(**x).logits, model(**x, **everything).logits)
+    with pytest.raises(ModaValueError, match=r"labels of shape \(2,\) do not say it"):
+        model.train()(**x)
+    model(**x, **everything).loss.backward()
 
 
 def test_the_model_inside_the_model_can_be_patched_alone():

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import parity
 from moda_attn import functional as F
 from moda_attn import reference
-from parity import Case, attention_problem
+from problems import DTYPES, Case, attention_problem
 from tolerance import verdict
 
 CASE = Case(length=333, batch=2, heads=4, kv_heads=2, dim=24, modalities=3, padding="left", sink="plain", bias="plain")
@@ -25,7 +24,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mass_by_modality_is_mass_by_relation_in_detail(name: str, dtype: torch.dtype):
     problem = attention_problem(CASES[name], dtype)
     out, by_relation = F.modular_attention(**problem, return_mass=True)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import parity
-from parity import Case, align_problem, attention_problem, check, compare
+import problems
+from parity import check, compare
+from problems import Case, align_problem, attention_problem
 from tolerance import pooled_verdict
 
 NOTABLE = (1, 63, 111, 1000)
@@ -20,7 +22,7 @@ DIMS = (*range(8, 161, 8), 9, 12, 20, 33, 50, 63, 65, 100, 129, 150, 159)
 
 
 @pytest.mark.parametrize("device", parity.DEVICES)
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
 @pytest.mark.parametrize("combine", ["joint", "split"])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("length", NOTABLE)
@@ -32,12 +34,12 @@ def test_attention_at_notable_lengths(length: int, is_causal: bool, combine: str
     beside_eager = length >= 63 and dtype != torch.float32
     check("modular_attention", problem, dtype, beside_eager=beside_eager, device=device, return_mass=True)
     if length >= 63 and dtype == torch.float32:
-        problems = [attention_problem(replace(case, seed=seed), dtype) for seed in range(4)]
-        assert_as_good_as_eager("modular_attention", problems, device=device, return_mass=True)
+        several = [attention_problem(replace(case, seed=seed), dtype) for seed in range(4)]
+        assert_as_good_as_eager("modular_attention", several, device=device, return_mass=True)
 
 
 @pytest.mark.parametrize("device", parity.DEVICES)
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["covariance", "gram"])
 @pytest.mark.parametrize("length", NOTABLE)
 def test_alignment_at_notable_lengths(length: int, kind: str, dtype: torch.dtype, device: str):
@@ -59,18 +61,18 @@ def assorted(rows: str, count: int = 80) -> Iterator[Case]:
             kv_heads=kv_heads,
             dim=draw.choice(DIMS),
             modalities=draw.randint(1, 4),
-            image=draw.choice(parity.IMAGES),
-            padding=draw.choice(parity.PADDINGS),
+            image=draw.choice(problems.IMAGES),
+            padding=draw.choice(problems.PADDINGS),
             is_causal=draw.random() < 0.5,
             scale=draw.choice([None, 0.05, 0.3, -0.2]),
-            sink=draw.choice(parity.SINKS),
-            bias=draw.choice(parity.BIASES),
+            sink=draw.choice(problems.SINKS),
+            bias=draw.choice(problems.BIASES),
             combine=draw.choice(["joint", "split"]),
             kind=draw.choice(["gram", "covariance"]),
-            context=draw.choice(parity.CONTEXTS),
-            fusion=draw.choice(parity.FUSIONS),
+            context=draw.choice(problems.CONTEXTS),
+            fusion=draw.choice(problems.FUSIONS),
             given_basis=draw.random() < 0.3,
-            ranges=draw.choice(parity.RANGES),
+            ranges=draw.choice(problems.RANGES),
             seed=seed,
         )
 
@@ -88,16 +90,16 @@ def test_float32_is_as_good_as_eager_torch(name: str, rows: str):
     operator_problem, options = align_problem, {}
     if name == "modular_attention":
         operator_problem, options = attention_problem, {"return_mass": True}
-    problems = [operator_problem(case, torch.float32) for case in assorted(rows)]
-    assert_as_good_as_eager(name, problems, outputs_only=rows != "all", **options)
+    several = [operator_problem(case, torch.float32) for case in assorted(rows)]
+    assert_as_good_as_eager(name, several, outputs_only=rows != "all", **options)
 
 
 def assert_as_good_as_eager(
-    name: str, problems: list[dict[str, Any]], *, outputs_only: bool = False, **options: Any
+    name: str, several: list[dict[str, Any]], *, outputs_only: bool = False, **options: Any
 ) -> None:
     """Float32: every result's error over all the problems beside eager's."""
     errors: dict[str, list[tuple[float, float]]] = {}
-    for problem in problems:
+    for problem in several:
         for one in compare(name, problem, torch.float32, **options):
             errors.setdefault(one.name, []).append(one.errors())
     held = [result for result in errors if not outputs_only or result.startswith("output")]

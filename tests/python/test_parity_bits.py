@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import moda_attn.numpy as N
-import parity
 from moda_attn import functional as F
-from parity import Case, align_problem, attention_problem, evaluate, poisoned_memory
+from parity import evaluate, poisoned_memory
+from problems import DTYPES, LAYOUTS, Case, align_problem, attention_problem, lay_out
 
 COMBINES = ("joint", "split")
 BATCHED = Case(length=300, batch=2, heads=6, kv_heads=2, dim=40, modalities=3, padding="left", sink="extreme")
@@ -23,7 +23,7 @@ SINGLE = replace(BATCHED, length=777, batch=1, heads=4, kv_heads=1, dim=24, padd
 RANGED = replace(BATCHED, ranges="any", is_causal=False)
 
 
-def problems(case: Case, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]:
+def both(case: Case, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]:
     """Both operators with everything they can do on one case."""
     joint, split = (attention_problem(replace(case, combine=combine), dtype) for combine in COMBINES)
     covariance, gram = (align_problem(replace(case, kind=kind), dtype) for kind in ("covariance", "gram"))
@@ -35,7 +35,7 @@ def problems(case: Case, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]
 def all_bits(case: Case, dtype: torch.dtype) -> list[Tensor]:
     """Every output and gradient of every operator, as integers: NaN equals itself, and 0 differs from -0."""
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-    results = [evaluate(operator, problem)[0] for operator, problem in problems(case, dtype)]
+    results = [evaluate(operator, problem)[0] for operator, problem in both(case, dtype)]
     return [tensor.contiguous().view(integers[tensor.dtype.itemsize]) for r in results for tensor in r.values()]
 
 
@@ -51,16 +51,17 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [BATCHED, SINGLE, RANGED], ids=["batched", "single", "ranged"])
-def test_one_thread_and_two_give_the_same_bits(case: Case, dtype: torch.dtype, threads):
+def test_any_number_of_threads_gives_the_same_bits(case: Case, dtype: torch.dtype, threads):
     threads(1)
     alone = all_bits(case, dtype)
-    threads(2)
-    assert same(alone, all_bits(case, dtype))
+    for count in (2, 3):
+        threads(count)
+        assert same(alone, all_bits(case, dtype))
 
 
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_memory_held_before_does_not_matter(dtype: torch.dtype):
     clean = all_bits(BATCHED, dtype)
     # The kernels' own workspaces come from the heap: the same work on NaN leaves NaN in the blocks they get next.
@@ -73,11 +74,11 @@ def test_what_memory_held_before_does_not_matter(dtype: torch.dtype):
         assert same(clean, all_bits(BATCHED, dtype))
 
 
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [layout for layout in parity.LAYOUTS if layout != "contiguous"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
 def test_views_give_the_bits_of_their_copies(layout: str, dtype: torch.dtype):
     case = replace(BATCHED, length=65, layouts=3 * (layout,))
-    for operator, views in problems(case, dtype):
+    for operator, views in both(case, dtype):
         copies = {
             name: value.detach().contiguous() if isinstance(value, Tensor) else value for name, value in views.items()
         }
@@ -86,7 +87,7 @@ def test_views_give_the_bits_of_their_copies(layout: str, dtype: torch.dtype):
         for name, tensor in got.items():
             assert torch.equal(tensor, wanted[name]), f"{operator.__name__}: {name}"
         # The upstream gradient may be a view as well.
-        turned = [None if g is None else parity.lay_out(g, "columns") for g in upstream]
+        turned = [None if g is None else lay_out(g, "columns") for g in upstream]
         again, _ = evaluate(operator, views, turned)
         assert all(torch.equal(tensor, again[name]) for name, tensor in got.items())
 
@@ -105,7 +106,7 @@ def test_negative_strides(axis: int, dtype: torch.dtype):
         return np.flip(np.ascontiguousarray(np.flip(array, last)), last)
 
     case = replace(RANGED, length=65)
-    for operator, problem in problems(case, dtype):
+    for operator, problem in both(case, dtype):
         arrays = {name: turned(value) for name, value in problem.items()}
         assert any(isinstance(a, np.ndarray) and min(a.strides) < 0 for a in arrays.values())
         got = getattr(N, operator.__name__)(**arrays)
@@ -113,7 +114,7 @@ def test_negative_strides(axis: int, dtype: torch.dtype):
             assert np.array_equal(array, tensor.numpy())
 
 
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("row", [0, 31, 110])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
@@ -131,7 +132,7 @@ def test_a_bad_query_spoils_its_own_row_alone(poison: float, row: int, combine: 
     assert out[0, 2, row].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("kind", ["covariance", "gram"])
 @pytest.mark.parametrize("cut", [1, 64, 150])

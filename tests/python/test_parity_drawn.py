@@ -9,8 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import parity
-from parity import Case, align_problem, attention_problem, check
+import problems
+from parity import check
+from problems import Case, align_problem, attention_problem
 from test_parity import DIMS, HEADS
 
 LENGTHS = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 65, 111, 127, 129, 255, 257, 511, 999, 1000, 1001, 1100)
@@ -35,10 +36,10 @@ def shapes(draw: st.DrawFn) -> Case:
         kv_heads=heads[1],
         dim=draw(st.sampled_from([d for d in DIMS if d * products <= PRODUCTS])),
         modalities=draw(st.integers(1, 4)),
-        image=draw(st.sampled_from(parity.IMAGES)),
-        padding=draw(st.sampled_from(parity.PADDINGS)),
-        layouts=draw(st.tuples(*3 * [st.sampled_from(parity.LAYOUTS)])),
-        ids=draw(st.sampled_from(parity.IDS)),
+        image=draw(st.sampled_from(problems.IMAGES)),
+        padding=draw(st.sampled_from(problems.PADDINGS)),
+        layouts=draw(st.tuples(*3 * [st.sampled_from(problems.LAYOUTS)])),
+        ids=draw(st.sampled_from(problems.IDS)),
         seed=draw(st.integers(0, 999)),
     )
 
@@ -53,9 +54,9 @@ def attention_cases(draw: st.DrawFn) -> Case:
         own_query_modality=draw(st.booleans()),
         is_causal=draw(st.booleans()),
         scale=draw(st.sampled_from([None, 0.05, 0.3, -0.2])),
-        sink=draw(st.sampled_from(parity.SINKS)),
-        bias=draw(st.sampled_from(parity.BIASES)),
-        ranges=draw(st.sampled_from(parity.RANGES)),
+        sink=draw(st.sampled_from(problems.SINKS)),
+        bias=draw(st.sampled_from(problems.BIASES)),
+        ranges=draw(st.sampled_from(problems.RANGES)),
         combine=draw(st.sampled_from(["joint", "split"])),
     )
 
@@ -65,14 +66,14 @@ def align_cases(draw: st.DrawFn) -> Case:
     return replace(
         draw(shapes()),
         kind=draw(st.sampled_from(["covariance", "gram"])),
-        context=draw(st.sampled_from(parity.CONTEXTS)),
-        fusion=draw(st.sampled_from(parity.FUSIONS)),
+        context=draw(st.sampled_from(problems.CONTEXTS)),
+        fusion=draw(st.sampled_from(problems.FUSIONS)),
         given_basis=draw(st.booleans()),
         float32_tables=draw(st.booleans()),
     )
 
 
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
 @SETTINGS
 @given(case=attention_cases())
 def test_attention(dtype: torch.dtype, case: Case):
@@ -80,7 +81,7 @@ def test_attention(dtype: torch.dtype, case: Case):
     check("modular_attention", attention_problem(case, dtype), dtype, return_mass=mass)
 
 
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
 @SETTINGS
 @given(case=align_cases())
 def test_alignment(dtype: torch.dtype, case: Case):

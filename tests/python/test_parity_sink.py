@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moda_attn import functional as F
 from moda_attn import reference
-from parity import IDS, IMAGES, PADDINGS, Case, evaluate, modality_of, poisoned_memory, promote
+from parity import evaluate, poisoned_memory, promote
+from problems import IDS, IMAGES, PADDINGS, Case, sink_problem
 from test_parity_drawn import LENGTHS, SETTINGS
 from tolerance import verdict
 
@@ -31,20 +32,11 @@ DECAYS = (0.0, 1e-9, 1e-4, 2.0**-8, 0.5, 30.0, -1e-3)
     seed=st.integers(0, 99),
 )
 def test_pseudo_sink(dtype, length, shape, image, padding, ids, reach, decay, base, seed):
-    batch, heads, modalities = shape
-    case = Case(length=length, batch=batch, modalities=modalities, image=image, padding=padding, ids=ids)
-    modality = modality_of(case)
-    random = torch.Generator().manual_seed(seed)
-    spread = 1 + 0.2 * torch.rand(modalities, heads, generator=random, dtype=torch.float64)
-    arguments = {
-        "position": ((modality >= 0).cumsum(1) - 1).clamp(min=0),
-        "query_modality": modality,
-        "span": max(int(length * reach), 1),
-        "decay": (decay * spread).to(dtype),
-        "base": (base * spread).to(dtype),
-    }
+    names = dict(zip(("batch", "heads", "modalities"), shape, strict=True))
+    case = Case(length=length, **names, image=image, padding=padding, ids=ids, seed=seed)
+    arguments = sink_problem(case, dtype, span=max(int(length * reach), 1), decay=decay, base=base)
     with poisoned_memory():
-        got, upstream = evaluate(F.pseudo_sink, arguments, finite_upstream(arguments))
+        got, upstream = evaluate(F.pseudo_sink, arguments)
     truth, _ = evaluate(reference.pseudo_sink, promote(arguments), upstream)
     eager, _ = evaluate(reference.pseudo_sink, arguments, upstream)
     for name, tensor in got.items():
@@ -55,14 +47,6 @@ def test_pseudo_sink(dtype, length, shape, image, padding, ids, reach, decay, ba
         gradient = name != "output 0"
         outcome = verdict(tensor, truth[name], name=name, gradient=gradient, eager=eager[name], scale=terms)
         assert outcome, str(outcome)
-
-
-def finite_upstream(arguments: dict) -> list[torch.Tensor]:
-    """Upstream gradients, 0 where the logit is -inf: nothing that uses such a logit depends on it."""
-    logits = reference.pseudo_sink(**arguments)
-    random = torch.Generator().manual_seed(11)
-    upstream = torch.randn(logits.shape, generator=random, dtype=torch.float64).to(logits.dtype)
-    return [upstream.masked_fill(logits == -torch.inf, 0)]
 
 
 def term_size(arguments: dict, upstream: list[torch.Tensor], name: str) -> float:

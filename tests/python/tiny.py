@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from perturb import randomise
-from tiny_families import BUILDERS, IMAGE, PAD, RELEASE, TEXT_END, VIDEO, VIDEO_START, VOCABULARY
+from tiny_configs import IMAGE, PAD, RELEASE, TEXT_END, VIDEO, VIDEO_START, VOCABULARY
+from tiny_families import BUILDERS, Builder
 
 __all__ = [
     "BUILDERS",
@@ -22,8 +24,10 @@ __all__ = [
     "VOCABULARY",
     "build",
     "inputs",
+    "labelled",
     "modality",
     "randomise",
+    "split",
 ]
 
 #: What most tests run on; those of every family run on ALL.
@@ -33,15 +37,21 @@ ALL = tuple(BUILDERS)
 
 @functools.cache
 def _template(family: str) -> nn.Module:
-    torch.manual_seed(20250710)
-    model = BUILDERS[family].make()
+    # Apart from the test's own random numbers, which may not depend on what was built before it.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20250710)
+        return _made(BUILDERS[family])
+
+
+def _made(builder: Builder) -> nn.Module:
+    model = builder.make()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     with torch.no_grad():
         # Zero padding embeddings, the default, would hide keys of padding that are attended by mistake.
         model.get_input_embeddings().weight[PAD].normal_()
         # Weights of the usual size give flat attention: nothing that goes wrong in it would show in the logits.
-        for name, weight in model.get_submodule(BUILDERS[family].decoder).named_parameters():
+        for name, weight in model.get_submodule(builder.decoder).named_parameters():
             if "self_attn" in name:
                 weight.mul_(15.0 if "q_proj" in name or "k_proj" in name else 8.0)
             elif weight.dim() == 2:
@@ -91,6 +101,19 @@ def inputs(family: str, rows: str | list[str], pad: str = "left", first: int = 0
         # The blocks that see both ways: the whole prompt, and every image.
         result["token_type_ids"] = (result["input_ids"] == IMAGE).long() * (family == "gemma3")
     return result
+
+
+def labelled(family: str, rows: list[str], answer: int = 3, **options: Any) -> dict[str, Tensor]:
+    """Inputs of `rows` whose last columns are the answer."""
+    x = inputs(family, rows, **options)
+    labels = x["input_ids"].clone()
+    labels[:, :-answer] = -100
+    return x | {"labels": labels}
+
+
+def split(x: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The rows of a batch with one image each, as a data set has them."""
+    return [{name: tensor[row] for name, tensor in x.items()} for row in range(len(x["input_ids"]))]
 
 
 def modality(family: str, x: dict[str, Tensor]) -> Tensor:
