@@ -32,6 +32,7 @@ def make_checkpoint(folder: Path) -> Path:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
         extra_special_tokens={"image_token": "<image>"},
     )
     side = {"height": 16, "width": 16}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import TEXT
@@ -54,10 +55,12 @@ class Prompt:
         """
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            return {}
         words = {"modality_ids": (self.modality_ids, TEXT), "moda_context": (self.context, False)}
         result = {}
         for name, (tensor, later) in words.items():
-            if tensor is None or tokens is None or arguments.get(name) is not None:
+            if tensor is None or arguments.get(name) is not None:
                 continue
             rows, columns = tokens.shape[:2]
             if columns < tensor.shape[1] or rows % tensor.shape[0]:
@@ -68,6 +71,10 @@ class Prompt:
             tensor = tensor.to(tokens.device).repeat_interleave(rows // tensor.shape[0], dim=0)
             rest = tensor.new_full((rows, columns - tensor.shape[1]), later)
             result[name] = torch.cat([tensor, rest], dim=1)
+        kinds = arguments.get("mm_token_type_ids")
+        if isinstance(kinds, Tensor) and kinds.shape[1] == self.length:
+            # A processor's words, which `generate` hands on without the columns of drafts.
+            result["mm_token_type_ids"] = F.pad(kinds, (0, tokens.shape[1] - kinds.shape[1]), value=TEXT)
         return result
 
 
