@@ -120,7 +120,7 @@ def attend_forward(
     num_modalities: int | None,
     mass_by: str,
     out: _Tensor,
-    lse: _Tensor,
+    lse: _Tensor | None,
     parts: _Tensor | None,
     mass: _Tensor | None,
     threads: int,

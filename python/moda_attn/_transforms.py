@@ -15,6 +15,11 @@ from torch.autograd import forward_ad
 from .errors import ModaRuntimeError
 
 
+def are_active() -> bool:
+    """Whether a transform or forward mode is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def transformable(name: str, operator: Callable, setup: Callable | None, formula: Callable) -> Callable:
     """`operator`, and inside transforms its equal that they know how to handle.
 
@@ -40,9 +45,7 @@ def transformable(name: str, operator: Callable, setup: Callable | None, formula
     function: Any = type(name, (torch.autograd.Function,), parts)
 
     def call(*inputs: Any) -> Any:
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return function.apply(*inputs)
-        return operator(*inputs)
+        return function.apply(*inputs) if are_active() else operator(*inputs)
 
     return call
 

@@ -50,7 +50,7 @@ def test_kernel_in_place_of_torch_changes_rounding_only(family: str):
     real = x["attention_mask"].bool()
     assert (logits(model, **x) - plain)[real].abs().max() < 1e-4
     tiny.randomise(model)
-    assert (logits(model, **x) - plain)[real].abs().max() > 1
+    assert (logits(model, **x) - plain)[real].abs().max() > 0.1
 
 
 def hooks(model: nn.Module) -> list[tuple[int, int]]:

@@ -85,8 +85,8 @@ impl AttendProblem {
         let AttendOutputs { out, logsumexp, parts, mass } = outputs;
         let shape_of_mass = mass.map(|(by, mass)| (by, mass.shape));
         let shape_of_parts = parts.map(|parts| parts.shape);
-        let always = (out.shape, logsumexp.shape);
-        self.shapes().check_outputs(always, shape_of_parts, shape_of_mass, self.modalities())?;
+        let logsumexp_shape = Some(logsumexp.shape);
+        self.shapes().check_outputs(out.shape, logsumexp_shape, shape_of_parts, shape_of_mass, self.modalities())?;
         let work = arithmetic(self.query.dtype);
         valid::written("out", out, self.query.dtype)?;
         valid::written("logsumexp", logsumexp, work)?;
