@@ -50,7 +50,7 @@ LEGACY := 4.37.2
 
 test-transformers: build $(RELEASES:%=$(VENV)-%/.ready) $(VENV)-$(LEGACY)/.ready
 	for release in $(RELEASES); do $(VENV)-$$release/bin/python -m pytest -q -rs $(RELEASE_TESTS) || exit 1; done
-	$(VENV)-$(LEGACY)/bin/python -m pytest -q -rs tests/python/test_legacy.py tests/python/test_balance_legacy.py
+	$(VENV)-$(LEGACY)/bin/python -m pytest -q -rs tests/python/test_legacy*.py tests/python/test_balance_legacy.py
 
 check: build
 	cargo fmt --check

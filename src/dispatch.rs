@@ -36,7 +36,7 @@ pub fn select(asked: Option<&str>, available: &[Isa], pays: impl Fn(Isa) -> bool
 }
 
 /// The choice for this process. `MODA_ATTN_ISA` is read once; an impossible wish is an error at every call.
-pub fn choice() -> Result<Choice> {
+pub fn choice() -> Result<&'static Choice> {
     static CHOICE: OnceLock<Result<Choice>> = OnceLock::new();
     CHOICE
         .get_or_init(|| {
@@ -44,7 +44,8 @@ pub fn choice() -> Result<Choice> {
             let asked = env::var("MODA_ATTN_ISA").ok().filter(|name| !name.is_empty());
             select(asked.as_deref(), &available, Isa::pays)
         })
-        .clone()
+        .as_ref()
+        .map_err(Clone::clone)
 }
 
 fn names(available: &[Isa]) -> String {

@@ -35,10 +35,10 @@
 //! let mut problem = AttendProblem::new(View::from_slice(&query, [b, hq, n, d]), pair, &modality, &modality);
 //! problem.sink = Some(View::from_slice(&sink, [1, 1, n, 1]));
 //!
-//! let (mut out, mut logsumexp, mut mass) = (numbers(b * hq * n * d), vec![0.0; b * hq * n], vec![0.0; b * hq * n * 3]);
+//! let (mut out, mut mass) = (numbers(b * hq * n * d), vec![0.0; b * hq * n * 3]);
 //! let mut outputs = AttendOutputs {
 //!     out: ViewMut::from_slice(&mut out, [b, hq, n, d]),
-//!     logsumexp: ViewMut::from_slice(&mut logsumexp, [b, hq, 1, n]),
+//!     logsumexp: None, // wanted where a backward is to follow
 //!     parts: None,
 //!     mass: Some(Mass { by: MassBy::Relation, values: ViewMut::from_slice(&mut mass, [b, hq, n, 3]) }),
 //! };

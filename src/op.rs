@@ -61,8 +61,8 @@ pub fn modular_attention<T: CpuElement>(
     let problem = &problem.validated()?;
     let mass = outputs.mass.as_ref().map(|mass| (mass.by, mass.values.shape()));
     let parts = outputs.parts.as_ref().map(ViewMut::shape);
-    let always = (outputs.out.shape(), outputs.logsumexp.shape());
-    problem.shapes().check_outputs(always, parts, mass, problem.modalities())?;
+    let logsumexp = outputs.logsumexp.as_ref().map(ViewMut::shape);
+    problem.shapes().check_outputs(outputs.out.shape(), logsumexp, parts, mass, problem.modalities())?;
     T::attend(exec(threads, problem.multiply_adds())?, problem, outputs)
 }
 

@@ -290,7 +290,8 @@ pub struct AttendOutputs<'a, T: Element> {
     /// o (B, Hq, Nq, D).
     pub out: ViewMut<'a, T, 4>,
     /// L (B, Hq, parts, Nq): log of the row's denominator, sink included, natural. +inf for a row that sees nothing.
-    pub logsumexp: ViewMut<'a, T::Acc, 4>,
+    /// Wanted where a backward is to follow.
+    pub logsumexp: Option<ViewMut<'a, T::Acc, 4>>,
     /// `o_self` and `o_cross` (B, Hq, 2, Nq, D), wanted for "split" only: backward needs them apart.
     pub parts: Option<ViewMut<'a, T::Acc, 5>>,
     /// Attention mass, where it is wanted.

@@ -221,14 +221,15 @@ impl AttendShapes {
     /// Checks where forward writes, on `modalities` of them.
     pub(crate) fn check_outputs(
         &self,
-        (out, logsumexp): ([usize; 4], [usize; 4]),
+        out: [usize; 4],
+        logsumexp: Option<[usize; 4]>,
         parts: Option<[usize; 5]>,
         mass: Option<(MassBy, [usize; 4])>,
         modalities: usize,
     ) -> Result<()> {
         let [b, hq, nq, _] = self.query;
         fits("out", out, self.query)?;
-        fits("logsumexp", logsumexp, self.logsumexp())?;
+        fits_where_given("logsumexp", logsumexp, self.logsumexp())?;
         fits_where_given("parts", parts, self.both())?;
         mass.map_or(Ok(()), |(by, given)| fits("mass", given, [b, hq, nq, by.columns(modalities)]))
     }

@@ -86,14 +86,12 @@ def modular_attention(
 ) -> Array | tuple[Array, Array]:
     """The output and, on request, the attention mass."""
     shape, dtype, _ = _native.describe("query", query)
-    work, softmaxes = _arithmetic(dtype), 2 if combine == "split" else 1
     out = empty(shape, _floating(dtype))
-    logsumexp = empty((*shape[:2], softmaxes, *shape[2:3]), work)
     by, mass = mass_by(return_mass, num_modalities, has_table=modality_bias is not None), None
     if by != "none":
         table = None if modality_bias is None else _native.describe("modality_bias", modality_bias)[0]
-        mass = empty((*shape[:3], columns(by, num_modalities, table)), work)
+        mass = empty((*shape[:3], columns(by, num_modalities, table)), _arithmetic(dtype))
     options = (is_causal, scale, sink, modality_bias, key_range, combine, num_modalities, by)
     inputs = (query, key, value, modality, query_modality, *options)
-    _native.attend_forward(*inputs, out, logsumexp, None, mass, threads())
+    _native.attend_forward(*inputs, out, None, None, mass, threads())
     return out if mass is None else (out, mass)

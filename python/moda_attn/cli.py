@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import __version__
 from .errors import ModaError
 
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moda-attn", description="MODA attention for multimodal transformers")
+    parser.add_argument("--version", action="version", version=f"moda-attn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     doctor = commands.add_parser("doctor", help="what is installed, what this machine can run, and whether it works")
@@ -169,7 +171,3 @@ def _wrong_request(options: argparse.Namespace) -> str | None:
     if options.compare_with == options.model and options.moda is None:
         return "--compare-with is the model itself; give --moda, or another model"
     return None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

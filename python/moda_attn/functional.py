@@ -18,12 +18,9 @@ from torch import Tensor
 
 from . import _op
 from ._mass import mass_by
-from .errors import ModaTypeError, ModaValueError
+from .errors import ModaTypeError
 
 __all__ = ["duplex_align", "modular_attention", "pseudo_sink"]
-
-# Fake and meta tensors have shapes and no data: they reach the operators' shape functions, never a kernel.
-_DEVICES = (*_op.DEVICES, "meta")
 
 
 def duplex_align(
@@ -65,9 +62,6 @@ def duplex_align(
         ModaTypeError: an argument is no tensor, or of a dtype that is not supported here.
         ModaValueError: shapes or devices that do not fit, a modality id out of range, an option that does not exist.
     """
-    _check(("key", key), value=value, modality=modality, keep=keep, mix=mix)
-    _check(("key", key), optional=True, context=context, basis=basis)
-    key, value = _autocast(key, value)
     aligned, computed = _op.duplex_align(key, value, modality, keep, mix, kind, context, basis, eps)
     return aligned, computed if basis is None else basis
 
@@ -93,7 +87,6 @@ def pseudo_sink(position: Tensor, query_modality: Tensor, span: int, decay: Tens
         ModaTypeError: an argument is no tensor, of a dtype that is not supported here, or span is no int.
         ModaValueError: shapes or devices that do not fit, a modality id out of range, a negative span.
     """
-    _check(("position", position), query_modality=query_modality, decay=decay, base=base)
     if isinstance(span, bool) or not isinstance(span, (int, torch.SymInt)):
         raise ModaTypeError(f"span is a {type(span).__name__}; wanted an int")
     return _op.pseudo_sink(position, query_modality, span, decay, base)
@@ -194,45 +187,7 @@ def modular_attention(
         ModaValueError: shapes or devices that do not fit, a modality id out of range, an option that does not exist,
             more queries than keys without `query_modality`.
     """
-    _check(("query", query), key=key, value=value, modality=modality)
-    tables = {"sink": sink, "modality_bias": modality_bias, "key_range": key_range}
-    _check(("query", query), optional=True, query_modality=query_modality, **tables)
-    query, key, value = _autocast(query, key, value)
     by = mass_by(return_mass, num_modalities, has_table=modality_bias is not None)
     options = (query_modality, is_causal, scale, sink, modality_bias, key_range, combine, num_modalities, by)
     out, _, _, mass = _op.modular_attention(query, key, value, modality, *options)
     return (out, mass) if return_mass else out
-
-
-def _check(first: tuple[str, Tensor], *, optional: bool = False, **others: Tensor | None) -> None:
-    """Raises unless all are tensors on one device that has a kernel; everything else is checked by the extension."""
-    name, tensor = first
-    if not isinstance(tensor, Tensor):
-        raise _not_a_tensor(name, tensor)
-    device = tensor.device
-    if device.type not in _DEVICES:
-        known = " or ".join(_op.DEVICES)
-        raise ModaValueError(f"{name} is on device {device}; wanted {known}: this build has no kernels for others")
-    for other, given in others.items():
-        if optional and given is None:
-            continue
-        if not isinstance(given, Tensor):
-            raise _not_a_tensor(other, given)
-        if given.device != device:
-            raise ModaValueError(f"{other} is on device {given.device}; wanted {device}, the device of {name}")
-
-
-def _not_a_tensor(name: str, given: object) -> ModaTypeError:
-    return ModaTypeError(f"{name} is a {type(given).__name__}; wanted a torch.Tensor")
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype, where autocast is on; float64 stays, as it does for torch's operators."""
-    device = tensors[0].device.type
-    if device not in _op.DEVICES or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
-    )

@@ -34,8 +34,10 @@ class ModularMask(nn.Module):
         else:
             self.base = nn.Parameter(torch.full(table, float(config.base), **where))
         if config.mask == "decay":
-            start = alibi_slopes(num_heads) if config.decay is None else torch.full((num_heads,), float(config.decay))
-            self.decay = nn.Parameter(start.to(**where).expand(table).clone())
+            start = alibi_slopes(num_heads, where.get("device")).to(**where)
+            if config.decay is not None:
+                start.fill_(config.decay)
+            self.decay = nn.Parameter(start.expand(table).clone())
 
     def forward(self, query: Tensor, query_modality: Tensor, position: Tensor, scale: float) -> Tensor:
         """Sink logits (B, Hq, Nq), with "split" (B, Hq, Nq, 2), in float32 (float64 for float64 queries).
@@ -94,6 +96,6 @@ def basis_affinity(basis: Tensor) -> Tensor:
         return (normed @ normed.transpose(-1, -2)) * others / basis.shape[-1]
 
 
-def alibi_slopes(num_heads: int) -> Tensor:
+def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
     """The slopes ``2^(-8 (h + 1) / H)`` of ALiBi: (H,)."""
-    return torch.exp2(-8.0 * torch.arange(1, num_heads + 1) / num_heads)
+    return torch.exp2(-8.0 * torch.arange(1, num_heads + 1, device=device) / num_heads)

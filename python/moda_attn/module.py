@@ -12,7 +12,7 @@ from .config import ModaConfig
 from .errors import ModaTypeError, ModaValueError
 from .layer import ModaLayer, attend
 from .rotary import rotate
-from .state import ModaCache
+from .state import LayerState, ModaCache
 
 if TYPE_CHECKING:
     from ._typing import TextAttention
@@ -156,19 +156,19 @@ class ModaAttention(nn.Module):
         check.shape("hidden_states", hidden_states, ("B", "N", self.q_proj.in_features), "(B, N, E)")
         batch, length, _ = hidden_states.shape
         check.shape("modality", modality, (batch, length), "(B, N)")
-        before = cache.state if cache is not None else None
 
         query, key, value = (
-            projection(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        before = _state_of(cache, key)
         if self.rope_theta is not None:
             query, key = rotate(query, key, self._positions(modality, position_ids, cache), self.rope_theta)
         key, state = self.moda(key, value, modality, context=context, state=before)
         if cache is not None:
             key, value = cache.append(key, value, state)
         out, mass = attend(self.moda, query, key, value, state, scale=self.scale, return_mass=return_mass)
-        out = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        out = self.o_proj(out.transpose(1, 2).flatten(2))
         return out if mass is None else (out, mass)
 
     def _positions(self, modality: Tensor, position_ids: Tensor | None, cache: ModaCache | None) -> Tensor:
@@ -180,6 +180,18 @@ class ModaAttention(nn.Module):
         if cache is not None and cache.state is not None:
             before = (cache.state.modality >= 0).sum(-1, keepdim=True)
         return (before + real.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _state_of(cache: object, key: Tensor) -> LayerState | None:
+    """What a cache remembers, which must be that of rows and heads like those of the new `key` (B, Hkv, n, D)."""
+    if cache is None:
+        return None
+    if not isinstance(cache, ModaCache):
+        raise ModaTypeError(f"cache must be a moda_attn.ModaCache, got {type(cache).__name__}")
+    if cache.key is not None:
+        batch, heads, _, dim = key.shape
+        check.shape("cache.key, of earlier calls,", cache.key, (batch, heads, "N", dim), "(B, Hkv, N, D) of this call")
+    return cache.state
 
 
 def _rope_theta(text: object) -> float | None:

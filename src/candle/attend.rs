@@ -180,7 +180,7 @@ impl Operator {
         let mut mass = self.wants_mass.then(|| zeros(b * hq * nq * 3));
         let mut outputs = AttendOutputs {
             out: ViewMut::from_slice(&mut out, [b, hq, nq, d]),
-            logsumexp: ViewMut::from_slice(&mut logsumexp, [b, hq, softmaxes, nq]),
+            logsumexp: Some(ViewMut::from_slice(&mut logsumexp, [b, hq, softmaxes, nq])),
             parts: parts.as_mut().map(|parts| ViewMut::from_slice(parts, [b, hq, 2, nq, d])),
             mass: mass
                 .as_mut()

@@ -1,5 +1,6 @@
 //! Workspace memory: aligned to cache lines, zeroed, and an error instead of an abort where there is none.
 
+use super::pages::prefer_large;
 use crate::dtype::Real;
 use crate::error::{Error, Result};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -11,6 +12,9 @@ const ALIGNMENT: usize = 64;
 /// A fixed number of zero-initialised numbers.
 #[derive(Debug)]
 pub(crate) struct Buffer<R: Real> {
+    /// As it was allocated: the allocator makes zeros of memory that it aligns itself by writing them, page by page.
+    allocated: NonNull<u8>,
+    /// The first number: where `allocated` is aligned.
     pointer: NonNull<R>,
     length: usize,
 }
@@ -24,18 +28,21 @@ impl<R: Real> Buffer<R> {
     /// `length` zeros.
     pub(crate) fn new(length: usize, what: &'static str) -> Result<Self> {
         if length == 0 {
-            return Ok(Self { pointer: NonNull::dangling(), length });
+            return Ok(Self { allocated: NonNull::dangling(), pointer: NonNull::dangling(), length });
         }
         let failed = || Error::Allocation { bytes: length.saturating_mul(size_of::<R>()), what };
         let layout = Self::layout(length).ok_or_else(failed)?;
         // SAFETY: the layout is not of size zero.
-        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) }.cast::<R>()).ok_or_else(failed)?;
-        Ok(Self { pointer, length })
+        let allocated = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(failed)?;
+        prefer_large(allocated.as_ptr(), layout.size());
+        // SAFETY: the layout has room for the numbers after the next aligned address.
+        let pointer = unsafe { allocated.byte_add(allocated.align_offset(ALIGNMENT)) }.cast();
+        Ok(Self { allocated, pointer, length })
     }
 
     fn layout(length: usize) -> Option<Layout> {
-        let bytes = length.checked_mul(size_of::<R>())?;
-        Layout::from_size_align(bytes, ALIGNMENT).ok()
+        let bytes = length.checked_mul(size_of::<R>())?.checked_add(ALIGNMENT)?;
+        Layout::from_size_align(bytes, align_of::<R>()).ok()
     }
 }
 
@@ -43,7 +50,7 @@ impl<R: Real> Drop for Buffer<R> {
     fn drop(&mut self) {
         if let (Some(layout), 1..) = (Self::layout(self.length), self.length) {
             // SAFETY: allocated in `new` with this very layout.
-            unsafe { dealloc(self.pointer.as_ptr().cast(), layout) };
+            unsafe { dealloc(self.allocated.as_ptr(), layout) };
         }
     }
 }

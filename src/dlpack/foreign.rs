@@ -9,6 +9,7 @@ use crate::layout::{count, print_shape};
 use crate::view::RawView;
 use pyo3::intern;
 use pyo3::prelude::*;
+use std::borrow::Cow;
 use std::slice;
 
 /// More dimensions than any array library allows; a guard against garbage.
@@ -103,49 +104,51 @@ impl<'a> Imported<'a> {
         Ok(Self::whole(view, &description, taken))
     }
 
-    fn whole(view: RawView<'a>, description: &Description, taken: Option<Taken>) -> Self {
+    fn whole(view: RawView<'a>, description: &Description<'_>, taken: Option<Taken>) -> Self {
         Self { view, read_only: description.read_only, _taken: taken }
     }
 }
 
 /// What a producer claims about a tensor, not yet believed.
-pub(super) struct Description {
+pub(super) struct Description<'p> {
     /// First element.
     pub(super) data: *mut u8,
     /// Where it lives; `None` for plain memory.
     pub(super) device: Option<Device>,
     /// One of our dtypes, or the name of another one.
     pub(super) dtype: Result<DType, String>,
-    pub(super) shape: Vec<i64>,
+    pub(super) shape: Cow<'p, [i64]>,
     /// In elements; `None` where a stride is no whole number of them.
-    pub(super) strides: Vec<Option<i64>>,
+    pub(super) strides: Option<Cow<'p, [i64]>>,
     pub(super) read_only: bool,
 }
 
-impl Description {
+impl<'p> Description<'p> {
     /// # Safety
-    /// Where they are not null, shape and strides must point to `ndim` numbers.
-    pub(super) unsafe fn of(argument: &'static str, tensor: &Tensor, read_only: bool) -> Result<Self, Error> {
+    /// Where they are not null, shape and strides must point to `ndim` numbers, for `'p`.
+    pub(super) unsafe fn of(argument: &'static str, tensor: &'p Tensor, read_only: bool) -> Result<Self, Error> {
         let rank = usize::try_from(tensor.ndim).ok().filter(|&rank| rank <= MAX_RANK);
         let rank = rank.filter(|&rank| rank == 0 || !tensor.shape.is_null());
         let Some(rank) = rank else {
             let given = format!("a tensor of {} dimensions without a shape", tensor.ndim);
             return Err(unusable(argument, &given, "a tensor of at most 64 dimensions"));
         };
-        let read = |numbers: *const i64| match rank {
-            0 => &[][..],
-            // SAFETY: `ndim` numbers, as the caller promises; null only for rank 0.
-            _ => unsafe { slice::from_raw_parts(numbers, rank) },
+        let read = |numbers: *const i64| -> &'p [i64] {
+            match rank {
+                0 => &[][..],
+                // SAFETY: `ndim` numbers, as the caller promises; null only for rank 0.
+                _ => unsafe { slice::from_raw_parts(numbers, rank) },
+            }
         };
-        let shape = read(tensor.shape).to_vec();
-        let strides = if tensor.strides.is_null() {
-            compact_strides(&shape).into_iter().map(Some).collect()
-        } else {
-            read(tensor.strides).iter().copied().map(Some).collect()
+        let shape = read(tensor.shape);
+        let strides = match tensor.strides.is_null() {
+            true => Cow::Owned(compact_strides(shape)),
+            false => Cow::Borrowed(read(tensor.strides)),
         };
         let base = tensor.data.cast::<u8>();
         // A null pointer with an offset is still no data.
         let data = if base.is_null() { base } else { base.wrapping_add(tensor.byte_offset as usize) };
+        let (shape, strides) = (Cow::Borrowed(shape), Some(strides));
         Ok(Self { data, device: Some(tensor.ctx), dtype: dtype::decode(tensor.dtype), shape, strides, read_only })
     }
 
@@ -175,7 +178,7 @@ impl Description {
             let wanted = "sizes >= 0 whose product fits in memory";
             return Err(Error::Shape { argument, given: format!("{:?}", self.shape), wanted: wanted.to_owned() });
         };
-        let strides: Option<Vec<isize>> = self.strides.iter().map(|&stride| stride.map(|s| s as isize)).collect();
+        let strides = self.strides.as_ref().map(|strides| strides.iter().map(|&stride| stride as isize).collect());
         let aligned = self.data.addr().is_multiple_of(dtype.size());
         let Some(strides) = strides.filter(|_| aligned || elements == 0) else {
             let given = format!("not aligned to its elements of {} bytes", dtype.size());

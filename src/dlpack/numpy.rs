@@ -7,9 +7,10 @@ use numpy::{PyArrayDescr, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMet
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use std::borrow::Cow;
 
 /// Describes an array; `None` for any other object.
-pub(super) fn describe(object: &Bound<'_, PyAny>) -> PyResult<Option<Description>> {
+pub(super) fn describe(object: &Bound<'_, PyAny>) -> PyResult<Option<Description<'static>>> {
     if !is_loaded(object.py())? {
         return Ok(None);
     }
@@ -19,12 +20,14 @@ pub(super) fn describe(object: &Bound<'_, PyAny>) -> PyResult<Option<Description
     let raw: *const PyArrayObject = array.as_array_ptr();
     // SAFETY: a live array object; the GIL is held.
     let (data, flags) = unsafe { ((*raw).fields.data, (*raw).fields.flags) };
+    let strides = array.strides().iter().map(|&bytes| (bytes % size == 0).then_some((bytes / size) as i64)).collect();
+    let strides: Option<Vec<i64>> = strides;
     Ok(Some(Description {
         data: data.cast(),
         device: None,
         dtype: dtype(&descriptor),
         shape: array.shape().iter().map(|&size| size as i64).collect(),
-        strides: array.strides().iter().map(|&bytes| (bytes % size == 0).then_some((bytes / size) as i64)).collect(),
+        strides: strides.map(Cow::Owned),
         read_only: flags & NPY_ARRAY_WRITEABLE == 0,
     }))
 }

@@ -102,12 +102,12 @@ impl Inputs<'_> {
 /// Where forward writes.
 struct Forward<'a> {
     out: &'a RawView<'a>,
-    logsumexp: &'a RawView<'a>,
+    logsumexp: Option<&'a RawView<'a>>,
     parts: Option<&'a RawView<'a>>,
     mass: Option<(MassBy, &'a RawView<'a>)>,
 }
 
-/// Writes o into `out`, L into `lse` and, where they are given, the two parts of "split" and the attention mass.
+/// Writes o into `out` and, where they are given, L into `lse`, the two parts of "split" and the attention mass.
 #[pyfunction]
 #[allow(clippy::too_many_arguments, reason = "the operator's arguments, then where it writes")]
 pub(super) fn attend_forward(
@@ -126,7 +126,7 @@ pub(super) fn attend_forward(
     num_modalities: Option<usize>,
     mass_by: &str,
     out: &Bound<'_, PyAny>,
-    lse: &Bound<'_, PyAny>,
+    lse: Option<&Bound<'_, PyAny>>,
     parts: Option<&Bound<'_, PyAny>>,
     mass: Option<&Bound<'_, PyAny>>,
     threads: usize,
@@ -137,7 +137,8 @@ pub(super) fn attend_forward(
     let query_modality = Imported::optional("query_modality", query_modality)?;
     let (sink, bias) = (Imported::optional("sink", sink)?, Imported::optional("modality_bias", bias)?);
     let key_range = Imported::optional("key_range", key_range)?;
-    let (out, lse) = (Imported::writable("out", out)?, Imported::writable("lse", lse)?);
+    let out = Imported::writable("out", out)?;
+    let lse = lse.map(|lse| Imported::writable("lse", lse)).transpose()?;
     let parts = parts.map(|parts| Imported::writable("parts", parts)).transpose()?;
     let mass = mass.map(|mass| Imported::writable("mass", mass)).transpose()?;
     let inputs = Inputs {
@@ -157,7 +158,7 @@ pub(super) fn attend_forward(
     let by = MassBy::parse(mass_by)?;
     let work = Forward {
         out: out.view(),
-        logsumexp: lse.view(),
+        logsumexp: lse.as_ref().map(Imported::view),
         parts: parts.as_ref().map(Imported::view),
         mass: by.zip(mass.as_ref().map(Imported::view)),
     };
@@ -177,7 +178,7 @@ fn forward<T: CpuElement>(inputs: &Inputs<'_>, work: &Forward<'_>, threads: usiz
     let mut outputs = unsafe {
         AttendOutputs::<T> {
             out: output("out", work.out, [b, hq, nq, d])?,
-            logsumexp: output("lse", work.logsumexp, [b, hq, softmaxes, nq])?,
+            logsumexp: work.logsumexp.map(|lse| output("lse", lse, [b, hq, softmaxes, nq])).transpose()?,
             parts: work.parts.map(|parts| output("parts", parts, [b, hq, 2, nq, d])).transpose()?,
             mass: mass.transpose()?,
         }

@@ -27,7 +27,7 @@ fn available() -> Vec<&'static str> {
 #[pyfunction]
 pub(super) fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let (isa, reason) = match dispatch::choice() {
-        Ok(choice) => (Some(choice.isa.name()), choice.reason),
+        Ok(choice) => (Some(choice.isa.name()), choice.reason.clone()),
         Err(error) => (None, error.to_string()),
     };
     let info = PyDict::new(py);

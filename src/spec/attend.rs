@@ -34,7 +34,9 @@ pub fn forward<T: Element>(problem: &AttendProblem<'_, T>, outputs: &mut AttendO
                     }
                     *mass.last_mut().expect("a column for the pseudo-scores") += softmax.sink_probability;
                     add_scaled(&mut out, T::Acc::ONE, &part_out);
-                    block(&mut outputs.logsumexp, [b, h, part])[i] = softmax.logsumexp;
+                    if let Some(logsumexp) = &mut outputs.logsumexp {
+                        block(logsumexp, [b, h, part])[i] = softmax.logsumexp;
+                    }
                     if let Some(parts) = &mut outputs.parts {
                         write_row(block(parts, [b, h, part, i]), &part_out);
                     }

@@ -329,7 +329,7 @@ impl<T: Element> AttendBuffers<T> {
     pub(crate) fn views(&mut self, by: MassBy) -> AttendOutputs<'_, T> {
         AttendOutputs {
             out: writable(&mut self.out),
-            logsumexp: writable(&mut self.logsumexp),
+            logsumexp: Some(writable(&mut self.logsumexp)),
             parts: self.parts.as_mut().map(writable),
             mass: Some(Mass { by, values: writable(&mut self.mass) }),
         }

@@ -56,18 +56,18 @@ def on_cuda(value: Any) -> Any:
 
 def call(name: str, *inputs: Any) -> Any:
     """Runs the CUDA kernel of an operator on disguised inputs; :data:`allocated` gets the sizes of workspaces."""
-    from moda_attn import _cuda, _op
+    from moda_attn import _cuda, _results
 
-    kernel, outputs = {
-        "duplex_align": (_cuda.align, _op._align_outputs),
-        "duplex_align_backward": (_cuda.align_backward, _op._align_gradients),
-        "pseudo_sink": (_cuda.sink, _op._sink_outputs),
-        "pseudo_sink_backward": (_cuda.sink_backward, _op._sink_gradients),
-        "modular_attention": (_cuda.attention, _op._attention_outputs),
-        "modular_attention_backward": (_cuda.attention_backward, _op._attention_gradients),
+    kernel, results = {
+        "duplex_align": (_cuda.align, _results.align),
+        "duplex_align_backward": (_cuda.align_backward, _results.align_gradients),
+        "pseudo_sink": (_cuda.sink, _results.sink),
+        "pseudo_sink_backward": (_cuda.sink_backward, _results.sink_gradients),
+        "modular_attention": (_cuda.attention, _results.attention),
+        "modular_attention_backward": (_cuda.attention_backward, _results.attention_gradients),
     }[name]
     _cuda._place = _place
-    return kernel(outputs, tuple(on_cuda(value) for value in inputs))
+    return kernel(_results.whole(results), tuple(on_cuda(value) for value in inputs))
 
 
 allocated: list[int] = []

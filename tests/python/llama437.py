@@ -31,6 +31,10 @@ class LlamaConfig:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
+    max_position_embeddings: int
+    pad_token_id: int
+    bos_token_id: int
+    eos_token_id: int | None
     use_cache: bool = True
     attention_dropout: float = 0.0
     _attn_implementation: str = "sdpa"
@@ -293,10 +297,7 @@ class LlamaForCausalLM(nn.Module):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+        **options: bool | None,
     ) -> Output:
         out = self.model(
             input_ids=input_ids,
@@ -304,8 +305,7 @@ class LlamaForCausalLM(nn.Module):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
+            **options,
         )
         out.logits = self.lm_head(out.last_hidden_state)
         out.loss = None

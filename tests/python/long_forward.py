@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from moda_attn.analysis import attention_balance, received_attention
 from moda_attn.bench.memory import peak
-from tiny_families import IMAGE, TEXT, VISION
+from tiny_configs import IMAGE, TEXT, VISION
 
 TOKENS, IMAGE_TOKENS = 8192, 4
 

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 import moda_attn
 import tiny
 from moda_attn.errors import ModaTypeError, ModaValueError
-
-accelerate = pytest.importorskip("accelerate", reason="the Trainer needs accelerate, which is not installed")
-from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
-
-from moda_attn.hf import BalanceCallback  # noqa: E402
+from moda_attn.hf import BalanceCallback
 
 ROWS = ["TTITTT", "TITTTT", "TTTITT", "ITTTTT"]
 NAMES = ("disparity", "relative_disparity", "pseudo_share", "gamma")
 
 
 def batch() -> dict[str, Tensor]:
-    x = tiny.inputs("llava-llama", ROWS)
-    labels = x["input_ids"].clone()
-    labels[:, :-3] = -100
-    return x | {"labels": labels}
+    return tiny.labelled("llava-llama", ROWS)
 
 
 def model_to_train(patched: bool = True) -> nn.Module:
@@ -48,30 +43,9 @@ class Seen(TrainerCallback):
 
 
 @pytest.fixture
-def trainer(tmp_path: Path):
-    """Makes a Trainer on the CPU; the settings it leaves in the process are taken back."""
-    reset = accelerate.state.AcceleratorState._reset_state
-
-    def make(model: nn.Module, **options) -> Trainer:
-        reset(reset_partial_state=True)
-        settings = {
-            "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "report_to": [],
-            "disable_tqdm": True,
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 4,
-            "max_steps": 4,
-            "logging_steps": 2,
-            "save_strategy": "no",
-        }
-        whole = batch()
-        rows = [{name: tensor[row] for name, tensor in whole.items()} for row in range(len(ROWS))]
-        return Trainer(model, TrainingArguments(**settings | options), train_dataset=rows, eval_dataset=rows)
-
-    yield make
-    reset(reset_partial_state=True)
+def train(trainer):
+    """Makes a Trainer of two steps an epoch, which logs after each."""
+    return functools.partial(trainer, rows=tiny.split(batch()), per_device_train_batch_size=2, logging_steps=2)
 
 
 def measured(seen: Seen) -> dict[int, dict[str, float]]:
@@ -79,12 +53,12 @@ def measured(seen: Seen) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
-def test_the_balance_is_logged_and_training_does_not_notice(trainer, patched: bool):
+def test_the_balance_is_logged_and_training_does_not_notice(train, patched: bool):
     plain, watched = model_to_train(patched), model_to_train(patched)
     expected = moda_attn.attention_balance(watched, **batch())
-    without = trainer(plain)
+    without = train(plain)
     without.train()
-    run, seen = trainer(watched), Seen()
+    run, seen = train(watched), Seen()
     run.add_callback(BalanceCallback(run, every=2))
     run.add_callback(seen)
     modes = []
@@ -117,8 +91,8 @@ def test_the_balance_is_logged_and_training_does_not_notice(trainer, patched: bo
     assert all(map(all, training))
 
 
-def test_a_probe_of_ones_own_and_accumulated_steps(trainer):
-    run, seen = trainer(model_to_train(), per_device_train_batch_size=1, gradient_accumulation_steps=2), Seen()
+def test_a_probe_of_ones_own_and_accumulated_steps(train):
+    run, seen = train(model_to_train(), per_device_train_batch_size=1, gradient_accumulation_steps=2), Seen()
     probe = {name: tensor[:1] for name, tensor in batch().items() if name != "labels"}
     run.eval_dataset = None
     run.add_callback(BalanceCallback(run, probe, every=3))
@@ -128,14 +102,14 @@ def test_a_probe_of_ones_own_and_accumulated_steps(trainer):
     assert not any("answers" in name for name in measured(seen)[0])
 
 
-def test_a_resumed_training_goes_on_counting(trainer, tmp_path: Path):
-    first = trainer(model_to_train(), max_steps=2, save_strategy="steps", save_steps=2)
+def test_a_resumed_training_goes_on_counting(train, tmp_path: Path):
+    first = train(model_to_train(), max_steps=2, save_strategy="steps", save_steps=2)
     first.add_callback(BalanceCallback(first, every=2))
     first.train()
     checkpoint = tmp_path / "checkpoint-2"
     model = type(first.model).from_pretrained(checkpoint)
     moda_attn.load_pretrained(model, checkpoint)
-    run, seen = trainer(model), Seen()
+    run, seen = train(model), Seen()
     run.add_callback(BalanceCallback(run, every=2))
     run.add_callback(seen)
     run.train(resume_from_checkpoint=str(checkpoint))
@@ -144,8 +118,8 @@ def test_a_resumed_training_goes_on_counting(trainer, tmp_path: Path):
     assert steps == [0, 2, 4]
 
 
-def test_what_cannot_be_measured_raises_at_once(trainer):
-    run = trainer(model_to_train())
+def test_what_cannot_be_measured_raises_at_once(train):
+    run = train(model_to_train())
     with pytest.raises(ModaTypeError, match="trainer is a LlavaForConditionalGeneration"):
         BalanceCallback(run.model)
     with pytest.raises(ModaTypeError, match="probe is a list"):

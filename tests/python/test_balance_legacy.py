@@ -8,24 +8,13 @@ from torch import Tensor
 
 import legacy_models
 import moda_attn
-from legacy_models import CODES
+from legacy_decoding import ROWS, available, with_answers
 from moda_attn import ModaConfig
 from moda_attn.analysis import attention_balance, generation_balance, key_space, received_attention
 from perturb import randomise
-from test_legacy import ROWS, with_answers
 
-MISSING = {name: reason for name, code in CODES.items() if (reason := code.missing()) is not None}
 STEPS = 4
-
-
-@pytest.mark.parametrize("name", MISSING)
-def test_code_that_is_not_covered_here(name: str):
-    pytest.skip(MISSING[name])
-
-
-@pytest.fixture(params=[name for name in CODES if name not in MISSING])
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
+name = available
 
 
 def maps(model: torch.nn.Module, **x: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 import types
@@ -41,6 +42,13 @@ def test_help_and_usage_errors_import_nothing_heavy():
     assert re.findall(r"status (\d)", done.stdout) == ["0", "0", "0", "2", "2"]
     assert "heavy []" in done.stdout
     assert all(command in done.stdout for command in ("doctor", "demo", "balance", "bench"))
+
+
+def test_the_package_is_the_command_too(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["moda-attn", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("moda_attn", run_name="__main__")
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"moda-attn {moda_attn.__version__}\n")
 
 
 def test_doctor_names_versions_threads_and_passes_its_check(capsys):

@@ -105,26 +105,17 @@ def test_a_model_that_is_offloaded_already(how: str, tmp_path: Path):
     assert torch.equal(logits(model), logits(tiny.build()))
 
 
-@pytest.fixture
-def fresh_state():
-    """An Accelerator's settings are the process's own."""
-    reset = accelerate.state.AcceleratorState._reset_state
-    reset(reset_partial_state=True)
-    yield
-    reset(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("fresh_state")
+@pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_prepared_model_trains_and_can_be_unwrapped(precision: str):
     """With mixed precision `prepare` puts a forward of its own on the model."""
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
-    model = patched().train()
+    model, x = patched().train(), tiny.labelled("llava-llama", ["TTITTT", "TITTT"])
     optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if ".moda." in name], lr=0.1)
     ready, optimizer = accelerator.prepare(model, optimizer)
     losses = []
     for _ in range(3):
-        loss = ready(**X, labels=X["input_ids"]).loss
+        loss = ready(**x).loss
         accelerator.backward(loss)
         assert all(p.grad is not None for name, p in model.named_parameters() if ".moda." in name)
         optimizer.step()
@@ -136,7 +127,7 @@ def test_a_prepared_model_trains_and_can_be_unwrapped(precision: str):
     assert torch.equal(logits(plain), logits(tiny.build()))
 
 
-@pytest.mark.usefixtures("fresh_state")
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_positional_arguments_keep_their_meaning_behind_a_wrapped_forward():
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = patched()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
+from PIL import Image
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -15,6 +20,7 @@ from decoding import TOLERANCE, difference, generated, one_shot, patched
 from moda_attn import ModaConfig
 from moda_attn.errors import ModaTypeError, ModaValueError
 from moda_attn.hf import record_mass, runtime
+from tiny_checkpoint import make_checkpoint
 
 #: Some releases cannot look up without an end token; this one is never chosen.
 LOOKUP = {"prompt_lookup_num_tokens": 3, "eos_token_id": tiny.VOCABULARY}
@@ -84,15 +90,16 @@ def test_an_assistants_drafts_stay_out_of_the_basis(kind: str):
     assert difference(steps, other) < TOLERANCE
 
 
-def repetitive() -> dict[str, Tensor]:
+def repetitive(family: str = "llava-llama") -> dict[str, Tensor]:
     """A prompt whose end stood in it before, so that prompt lookup has drafts at the first step."""
-    x = tiny.inputs("llava-llama", ["TTITTTTITTTTTT"])
+    x = tiny.inputs(family, ["TTITTTTITTTTTT"])
     x["input_ids"][0, -6:] = torch.tensor([5, 6, 7, 8, 5, 6])
     return x
 
 
-def test_prompt_lookup_keeps_drafts_out_of_the_basis():
-    model, x = patched(), repetitive()
+@pytest.mark.parametrize("family", ["llava-llama", "qwen2.5-vl", "glm4v"])  # these two have mm_token_type_ids
+def test_prompt_lookup_keeps_drafts_out_of_the_basis(family: str):
+    model, x = patched(family), repetitive(family)
     tokens, steps = generated(model, x)
     again, other = generated(model, x, **LOOKUP)
     assert torch.equal(tokens, again)
@@ -176,6 +183,74 @@ def test_words_about_a_prompt_that_do_not_fit():
         model.generate(**x, modality_ids=ids[:, 1:], max_new_tokens=2)
     with pytest.raises(ModaTypeError, match="moda_context must be a torch"):
         model.generate(**x, moda_context=[True], max_new_tokens=2)
+
+
+class Pause(LogitsProcessor):
+    """Stops at its first step until `other` has come to its own, and then, if told so, until `other` is done."""
+
+    def __init__(self) -> None:
+        self.here, self.done, self.other, self.waits = threading.Event(), threading.Event(), None, False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.here.is_set():
+            self.here.set()
+            assert self.other.here.wait(60)
+            assert not self.waits or self.other.done.wait(60)
+        return scores
+
+
+def test_threads_do_not_mix_up_their_prompts():
+    """A second thread is inside its first step while the first one goes on: without a cache each step asks anew."""
+    model = patched()
+    batches = [tiny.inputs("llava-llama", row) for row in ("TITTTTTT", "TIT")]
+    alone = [generated(model, x, use_cache=False)[1] for x in batches]
+    pauses = [Pause(), Pause()]
+    pauses[0].other, pauses[1].other, pauses[1].waits = pauses[1], pauses[0], True
+
+    def together(number: int) -> Tensor:
+        if number:
+            assert pauses[0].here.wait(60)
+        options = {"use_cache": False, "logits_processor": LogitsProcessorList([pauses[number]])}
+        try:
+            return generated(model, batches[number], **options)[1]
+        finally:
+            pauses[number].done.set()
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for found, expected in zip(pool.map(together, range(2)), alone, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_a_refused_generate_leaves_nothing_behind():
+    model, x = patched(), tiny.inputs("llava-llama", "TITTTTTT")
+    expected = model(**x, use_cache=True)
+    words = {"modality_ids": torch.zeros(1, 1, dtype=torch.long)}
+    with pytest.raises(ModaValueError, match="past_key_values holds one already"):
+        model.generate(torch.tensor([[5]]), past_key_values=expected.past_key_values, **words)
+    assert torch.equal(model(**x).logits, expected.logits)
+
+
+def test_a_call_beside_the_prompt_that_words_about_it_do_not_fit():
+    model, x = patched(), tiny.inputs("llava-llama", "TITTT")
+    words = {"modality_ids": (x["input_ids"] == tiny.IMAGE).long()}
+    assert model.generate(**x, guidance_scale=2.0, max_new_tokens=2).shape[1] == x["input_ids"].shape[1] + 2
+    with pytest.raises(ModaValueError, match=r"tokens of shape \(1, 1\), as it does for guidance_scale"):
+        model.generate(**x, **words, guidance_scale=2.0, max_new_tokens=2)
+
+
+def test_a_pipeline_takes_a_patched_model(tmp_path: Path):
+    folder = make_checkpoint(tmp_path)
+    model = hf.LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = hf.AutoProcessor.from_pretrained(folder)
+    moda_attn.apply(model)
+    tiny.randomise(model, scale=3.0)
+    picture, prompt = Image.open(folder / "picture.png").convert("RGB"), "<image> which digit is this ?"
+    pipe = hf.pipeline("image-text-to-text", model=model, processor=processor)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    said = pipe(images=picture, text=prompt, return_full_text=False, generate_kwargs=options)[0]["generated_text"]
+    inputs = processor(images=picture, text=prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    assert said.split() == processor.decode(tokens, skip_special_tokens=True).split()
 
 
 def test_continuous_batching_is_refused():

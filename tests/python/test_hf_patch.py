@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 import moda_attn
 import tiny
 from moda_attn import ModaConfig
 from moda_attn.errors import ModaRuntimeError, ModaTypeError, ModaValueError
+from moda_attn.hf.attention import patched_class
 
 ALIGN_ONLY = ModaConfig(mask="none", location_prior=False)
 
@@ -45,7 +50,7 @@ def test_kernel_in_place_of_torch_changes_rounding_only(family: str):
     real = x["attention_mask"].bool()
     assert (logits(model, **x) - plain)[real].abs().max() < 1e-4
     tiny.randomise(model)
-    assert (logits(model, **x) - plain)[real].abs().max() > 1
+    assert (logits(model, **x) - plain)[real].abs().max() > 0.1
 
 
 def hooks(model: nn.Module) -> list[tuple[int, int]]:
@@ -157,6 +162,33 @@ def test_a_deep_copy_is_independent():
     assert torch.equal(logits(twin, **x), plain)
 
 
+def test_a_pickled_model_and_its_cache_are_the_same_model_and_cache(monkeypatch: pytest.MonkeyPatch):
+    """Before its first forward: after it transformers leaves hooks in some models that cannot be pickled."""
+    model, x = tiny.build(), tiny.inputs("llava-llama", ["TTITTT", "TIT"])
+    plain = logits(copy.deepcopy(model), **x)
+    moda_attn.apply(model)
+    tiny.randomise(model)
+    stored = pickle.dumps(model)
+    for functions in (AttentionInterface, AttentionMaskInterface):  # a new process does not know it
+        monkeypatch.delitem(functions._global_mapping, "moda")
+    patched_class.cache_clear()
+    twin = pickle.loads(stored)
+    expected, found = (logits_and_cache(one, x) for one in (model, twin))
+    assert torch.equal(found[0], expected[0])
+    cache = pickle.loads(pickle.dumps(found[1]))
+    step = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": F.pad(x["attention_mask"], (0, 1), value=1)}
+    after = [logits(one, **step, past_key_values=kept) for one, kept in ((model, expected[1]), (twin, cache))]
+    assert torch.equal(*after)
+    moda_attn.remove(twin)
+    assert torch.equal(logits(twin, **x), plain)
+
+
+def logits_and_cache(model: nn.Module, x: dict[str, Tensor]) -> tuple[Tensor, object]:
+    with torch.no_grad():
+        out = model(**x, use_cache=True)
+    return out.logits, out.past_key_values
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_models_of_lower_precision_keep_float32_parameters(dtype: torch.dtype):
     model = tiny.build(dtype=dtype)
@@ -185,6 +217,39 @@ def test_models_of_lower_precision_keep_float32_parameters(dtype: torch.dtype):
 def test_models_that_are_not_supported(model: object, error: type, message: str):
     with pytest.raises(error, match=message):
         moda_attn.apply(model)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, nn.Sequential])
+def test_a_wrapper_names_what_is_inside(wrap):
+    with pytest.raises(ModaValueError, match=r"is a wrapper: apply to the LlavaForConditionalGeneration inside"):
+        moda_attn.apply(wrap(tiny.build()))
+
+
+@pytest.mark.parametrize("config", [ModaConfig(), ModaConfig(decay=0.1, fuser_rank=2)], ids=["slopes", "decay"])
+def test_parameters_are_where_the_model_is_and_can_be_trained(config: ModaConfig):
+    """Whatever the caller has set as the default, and in layers whose projections have no weights of the usual kind."""
+    model = tiny.build()
+    for layer in model.model.language_model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Quantized(getattr(layer.self_attn, name)))
+    with torch.inference_mode(), torch.device("meta"):
+        moda_attn.apply(model, config)
+    x = tiny.inputs("llava-llama", "TTITTT")
+    model.train()(**x, labels=x["input_ids"]).loss.backward()
+    own = [parameter for name, parameter in model.named_parameters() if ".moda." in name]
+    assert own
+    assert all((p.device.type, p.dtype, p.grad is not None) == ("cpu", torch.float32, True) for p in own)
+
+
+class Quantized(nn.Module):
+    """Stands for the linear layers of quantization libraries, which keep their weights under names of their own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.packed = nn.Parameter(linear.weight.detach())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.packed)
 
 
 def test_configurations_that_do_not_fit():
@@ -227,15 +292,25 @@ def test_a_patched_layer_that_is_not_entered_is_noticed():
         model(**tiny.inputs("llava-llama", "TIT"))
 
 
-def test_packed_rows_are_refused():
-    model = tiny.build()
-    moda_attn.apply(model)
-    x = tiny.inputs("llava-llama", "TTITTT")
-    del x["attention_mask"]
-    length = x["input_ids"].shape[1]
-    packed = torch.cat([torch.arange(4), torch.arange(length - 4)])[None]
-    with pytest.raises(ModaValueError, match="packed rows"):
-        model(**x, position_ids=packed)
+@pytest.mark.parametrize(
+    "how", ["position_ids", "four axes of positions", "attention_mask", "cu_seq_lens_q", "seq_idx"]
+)
+def test_packed_rows_are_refused(how: str):
+    """Two samples of 4 and 5 tokens, in the ways that transformers, and those who mask by themselves, know."""
+    model = tiny.build("qwen2-vl" if how == "four axes of positions" else "llava-llama")
+    moda_attn.apply(model, ALIGN_ONLY)
+    ids, positions = torch.arange(5, 14)[None], torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    own = torch.cat([torch.zeros(4), torch.ones(5)])
+    mask = (own[:, None] == own) & torch.ones(9, 9, dtype=torch.bool).tril()
+    given, why = {
+        "position_ids": ({"position_ids": positions}, "position_ids do not rise by one to column 4 of row 0"),
+        "four axes of positions": ({"position_ids": positions.expand(4, 1, 9)}, "to column 4 of row 0"),
+        "attention_mask": ({"attention_mask": mask[None, None]}, "the token at 4 of row 0 does not see the one before"),
+        "cu_seq_lens_q": ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, "the call brings cu_seq_lens_q"),
+        "seq_idx": ({"seq_idx": own.int()[None]}, "the call brings seq_idx"),
+    }[how]
+    with pytest.raises(ModaValueError, match=f"packed rows are not supported: .*{why}"):
+        model(input_ids=ids, **given)
 
 
 def test_a_soft_cap_is_refused_when_our_kernel_would_ignore_it():
@@ -291,6 +366,20 @@ def test_tokens_whose_modality_is_unknown():
     assert torch.equal(logits(model, inputs_embeds=embeds, mm_token_type_ids=explicit), expected)
     with pytest.raises(ModaRuntimeError, match="not the decoder"):
         model.model.language_model(inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize("name", ["modality_ids", "mm_token_type_ids"])
+def test_dtypes_of_explicit_ids(name: str):
+    """All integers mean the same, unsigned ones too, which have no -1 for padding."""
+    model, x = tiny.build(), tiny.inputs("llava-llama", ["TIT", "TITT"])
+    moda_attn.apply(model)
+    expected = logits(model, **x)
+    kinds = (x["input_ids"] == tiny.IMAGE).long()
+    for dtype in (torch.int64, torch.int32, torch.int8, torch.uint8):
+        assert torch.equal(logits(model, **x, **{name: kinds.to(dtype)}), expected)
+    for dtype in (torch.bool, torch.float32):
+        with pytest.raises(ModaTypeError, match=rf"{name} has dtype {dtype}; wanted integers"):
+            model(**x, **{name: kinds.to(dtype)})
 
 
 def test_training_must_say_where_the_prompt_ends():

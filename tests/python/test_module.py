@@ -296,3 +296,21 @@ def test_bad_input():
         module(hidden, MODALITY + 1)
     with pytest.raises(ModaValueError, match="position_ids has shape"):
         ModaAttention(24, 4, rope_theta=1e4)(hidden, MODALITY, position_ids=torch.zeros(2, 3))
+    cache = ModaCache()
+    module(hidden, MODALITY, cache=cache)
+    with pytest.raises(
+        ModaValueError, match=r"cache.key, of earlier calls, has shape \(2, 4, 8, 6\); .* = \(1, 4, N, 6\)"
+    ):
+        module(hidden[:1, :1], MODALITY[:1, :1], cache=cache)
+    with pytest.raises(ModaTypeError, match=r"cache must be a moda_attn.ModaCache, got dict"):
+        module(hidden, MODALITY, cache={})
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 1)])
+def test_few_or_no_tokens(shape: tuple[int, int]):
+    module, modality = ModaAttention(24, 4, 2, rope_theta=1e4), torch.zeros(shape, dtype=torch.long)
+    hidden = torch.randn(*shape, 24, requires_grad=True)
+    out, mass = module(hidden, modality, return_mass=True)
+    assert (out.shape, mass.shape) == ((*shape, 24), (shape[0], 4, shape[1], 3))
+    out.sum().backward()
+    assert hidden.grad.shape == hidden.shape

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from perturb import randomise
-from tiny_families import BUILDERS, IMAGE, PAD, RELEASE, TEXT_END, VIDEO, VIDEO_START, VOCABULARY, Builder
+from tiny_configs import IMAGE, PAD, RELEASE, TEXT_END, VIDEO, VIDEO_START, VOCABULARY
+from tiny_families import BUILDERS, Builder
 
 __all__ = [
     "BUILDERS",
@@ -22,8 +24,10 @@ __all__ = [
     "VOCABULARY",
     "build",
     "inputs",
+    "labelled",
     "modality",
     "randomise",
+    "split",
 ]
 
 #: What most tests run on; those of every family run on ALL.
@@ -97,6 +101,19 @@ def inputs(family: str, rows: str | list[str], pad: str = "left", first: int = 0
         # The blocks that see both ways: the whole prompt, and every image.
         result["token_type_ids"] = (result["input_ids"] == IMAGE).long() * (family == "gemma3")
     return result
+
+
+def labelled(family: str, rows: list[str], answer: int = 3, **options: Any) -> dict[str, Tensor]:
+    """Inputs of `rows` whose last columns are the answer."""
+    x = inputs(family, rows, **options)
+    labels = x["input_ids"].clone()
+    labels[:, :-answer] = -100
+    return x | {"labels": labels}
+
+
+def split(x: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The rows of a batch with one image each, as a data set has them."""
+    return [{name: tensor[row] for name, tensor in x.items()} for row in range(len(x["input_ids"]))]
 
 
 def modality(family: str, x: dict[str, Tensor]) -> Tensor:

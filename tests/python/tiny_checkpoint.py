@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from tiny_configs import TEXT, VISION
+
 
 def make_checkpoint(folder: Path) -> Path:
     """A random LLaVA of three layers and its processor, saved as a user's would be, with a picture beside."""
@@ -30,6 +32,7 @@ def make_checkpoint(folder: Path) -> Path:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
         extra_special_tokens={"image_token": "<image>"},
     )
     side = {"height": 16, "width": 16}
@@ -41,29 +44,10 @@ def make_checkpoint(folder: Path) -> Path:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
+    text = TEXT | {"vocab_size": len(words), "eos_token_id": 2}
+    vision = VISION | {"hidden_size": 32, "image_size": 16, "patch_size": 8}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
-        image_token_id=4,
-        image_seq_length=4,
+        vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text), image_token_id=4, image_seq_length=4
     )
     torch.manual_seed(0)
     LlavaForConditionalGeneration(config).save_pretrained(folder)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ModaRuntimeError, ModaValueError
 from ..layer import ModaLayer
+from .derived import derived
 from .names import NAME
 from .seam import CacheSeam
 
@@ -82,6 +83,9 @@ def unpatch_attention(attention: nn.Module) -> None:
 @functools.cache
 def patched_class(cls: type) -> type:
     """A subclass of `cls` whose forward passes through the seam."""
+    from .interface import register  # what it registers with, transformers 4.37 does not have
+
+    register()  # also in a process that only unpickles a patched model
 
     class Patched(cls):
         def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -106,9 +110,7 @@ def patched_class(cls: type) -> type:
                 )
             return output
 
-    Patched.__name__ = f"Moda{cls.__name__}"
-    Patched.__qualname__ = Patched.__name__
-    return Patched
+    return derived(patched_class, Patched)
 
 
 def _past_the_patch(seam: CacheSeam) -> str:

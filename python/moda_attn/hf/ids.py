@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import INTEGERS
 from ..config import PADDING, TEXT, VIDEO, VISION
 from ..errors import ModaTypeError, ModaValueError
 from .memory import is_filled
+from .packing import refuse_packed_rows
 from .registry import MediaTokens
 from .visible import key_range_of
 
@@ -80,7 +82,7 @@ def describe_call(
         training: whether the call is a training step, which must not guess where the prompt ends.
         prompt_length: number of prompt columns while the model generates.
     """
-    _refuse_packed_rows(arguments)
+    refuse_packed_rows(arguments)
     modality = _modality(arguments, tokens)
     if context == "all":
         return ModaCall(modality, None)
@@ -99,11 +101,13 @@ def _modality(arguments: Mapping[str, Any], tokens: MediaTokens) -> Tensor:
             raise ModaValueError(f"modality_ids has shape {tuple(explicit.shape)}; wanted {tuple(wanted)}")
         modality = explicit
     elif ids is None:
-        raise ModaValueError("inputs_embeds do not say which tokens are image: give modality_ids (B, N) to forward")
+        raise ModaValueError(
+            "inputs_embeds do not say which tokens are image: give modality_ids (B, N) to forward or generate"
+        )
     elif tokens.image is None and not is_filled(arguments.get("past_key_values")):
         raise ModaValueError(
             "this model is of no family whose placeholders are known: give modality_ids (B, N), 0 text and 1 vision, "
-            "to forward or generate"
+            "to forward or generate, or name its placeholders in moda_attn.hf.FAMILIES"
         )
     else:
         modality = _from_placeholders(arguments, ids, tokens)
@@ -116,8 +120,10 @@ def _explicit_modality(arguments: Mapping[str, Any], tokens: MediaTokens) -> Ten
     for name, given in (("modality_ids", ids), ("mm_token_type_ids", kinds)):
         if given is not None and not isinstance(given, Tensor):
             raise ModaTypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+        if given is not None and given.dtype not in INTEGERS:
+            raise ModaTypeError(f"{name} has dtype {given.dtype}; wanted integers, 0 text and 1 vision")
     if ids is not None or kinds is None:
-        return ids
+        return ids if ids is None or ids.dtype.is_signed else ids.long()  # room for the -1 of padding
     new = arguments.get("input_ids")
     if new is not None and new.shape != kinds.shape and is_filled(arguments.get("past_key_values")):
         # `generate` of some releases hands the prompt's on with every token: what is new is text.
@@ -127,14 +133,16 @@ def _explicit_modality(arguments: Mapping[str, Any], tokens: MediaTokens) -> Ten
 
 def from_processor(kinds: Tensor, tokens: MediaTokens) -> Tensor:
     """The modality ids that a processor's ``mm_token_type_ids`` mean, where video is 2 whatever the configuration."""
-    return torch.where(kinds == VIDEO, tokens.video_modality, kinds)
+    return torch.where(kinds == VIDEO, tokens.video_modality, kinds.long())
 
 
 def _from_placeholders(arguments: Mapping[str, Any], ids: Tensor, tokens: MediaTokens) -> Tensor:
     """Placeholders of features that this call brings; any other, such as a generated one, is an ordinary token."""
     modality = torch.full_like(ids, TEXT)
     videos = has_features(arguments, "video")
-    if tokens.image is not None and has_features(arguments, "image"):
+    # `generate` hands these on with every token.
+    states = not is_filled(arguments.get("past_key_values")) and any(arguments.get(n) is not None for n in _STATES)
+    if tokens.image is not None and (states or has_features(arguments, "image")):
         modality = torch.where(ids == tokens.image, VISION, modality)
     if videos and tokens.video is not None:
         modality = torch.where(ids == tokens.video, tokens.video_modality, modality)
@@ -143,17 +151,6 @@ def _from_placeholders(arguments: Mapping[str, Any], ids: Tensor, tokens: MediaT
         inside = (ids == start).cumsum(-1) > (ids == end).cumsum(-1)
         modality = torch.where((ids == tokens.image) & inside, tokens.video_modality, modality)
     return modality
-
-
-def _refuse_packed_rows(arguments: Mapping[str, Any]) -> None:
-    """Several samples in one row would feed each other's bases; transformers tells them by their positions too."""
-    positions = arguments.get("position_ids")
-    if positions is None or arguments.get("attention_mask") is not None or torch.compiler.is_compiling():
-        return
-    if positions.dim() != 2:  # Several axes, as in Qwen2-VL: not one count of tokens.
-        return
-    if past_length(arguments.get("past_key_values")) == 0 and (positions.diff(dim=-1) != 1).any():
-        raise ModaValueError("position_ids do not rise by one, and no attention_mask: packed rows are not supported")
 
 
 def refuse_late_images(arguments: Mapping[str, Any]) -> None:
@@ -168,6 +165,8 @@ def refuse_late_images(arguments: Mapping[str, Any]) -> None:
 
 #: Arguments that bring the features of images and of videos.
 _FEATURES = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+#: Features of images that the caller has computed before, as Mllama and older releases of Idefics take them.
+_STATES = ("cross_attention_states", "image_hidden_states")
 
 
 def has_features(arguments: Mapping[str, Any], kind: str) -> bool:
@@ -241,14 +240,16 @@ def context_of(
         if not isinstance(explicit, Tensor) or explicit.dtype != torch.bool or explicit.shape != modality.shape:
             raise ModaValueError(f"moda_context must be a bool tensor of shape {tuple(modality.shape)}")
         return explicit
-    if labels is not None:
+    if isinstance(labels, Tensor) and labels.shape == modality.shape:  # labels of tokens, not of whole rows
         # The label at column 0 predicts nothing: a label is predicted by the token before it.
         supervised = labels != -100
         supervised[:, 0] = False
         return supervised.int().cumsum(-1) == 0
     if training:
+        given = f"; labels of shape {tuple(labels.shape)} do not say it" if isinstance(labels, Tensor) else ""
         raise ModaValueError(
-            'context = "prompt" must know where the prompt ends: give labels or moda_context (B, N) bool to forward'
+            'context = "prompt" must know where the prompt ends: give labels (B, N) or moda_context (B, N) bool to '
+            f"forward{given}"
         )
     if prompt_length is not None:
         columns = torch.arange(modality.shape[1], device=modality.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import ModaRuntimeError
 from ..state import LayerState
+from .derived import derived
 
 #: Added to a modality id when it is stored: a static cache fills what it does not hold yet with zeros, and in some
 #: releases of transformers it counts its tokens by what is not zero. Padding, -1, becomes 1.
@@ -149,6 +150,4 @@ def _remembering(cls: type) -> type:
 
         Remembering.activate_past_recording = activate_past_recording
 
-    Remembering.__name__ = f"Moda{cls.__name__}"
-    Remembering.__qualname__ = Remembering.__name__
-    return Remembering
+    return derived(_remembering, Remembering)

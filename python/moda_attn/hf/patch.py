@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .._checks import compute_dtype
@@ -30,7 +31,7 @@ from .structure import Structure, find_structure
 from .wrappers import refuse_removal, unwrapped
 
 if TYPE_CHECKING:
-    from .._typing import PatchedAttention, TextAttention
+    from .._typing import PatchedAttention
 
 _RUNTIME = "moda_runtime"
 
@@ -105,8 +106,7 @@ def apply(model: nn.Module, config: ModaConfig | None = None, *, attention: str 
     use_kernel = _uses_kernel(config, attention)
     if config.num_modalities < 2:
         raise ModaValueError(f"num_modalities = {config.num_modalities}; {type(model).__name__} has text and vision, 2")
-    attentions = structure.attentions(model)
-    layers = {index: _new_layer(config, attentions[index]) for index in _chosen(config, structure)}
+    layers = {index: _new_layer(config, structure, model, index) for index in _chosen(config, structure)}
     return _report(model, _install(model, structure, config, layers, use_kernel=use_kernel))
 
 
@@ -223,12 +223,14 @@ def _install(
     return runtime
 
 
-def _new_layer(config: ModaConfig, attention: TextAttention) -> ModaLayer:
+@torch.inference_mode(False)  # which would make parameters that can never be trained
+def _new_layer(config: ModaConfig, structure: Structure, model: nn.Module, index: int) -> ModaLayer:
     """Fresh parameters for one attention module, on its device; float32, or float64 for a float64 model."""
-    # Any module with weights tells where and in which precision the attention computes; not all have a k_proj.
-    projection = cast(
-        nn.Linear, next(part for part in attention.modules() if isinstance(getattr(part, "weight", None), Tensor))
-    )
+    attention = structure.attentions(model)[index]
+    # Any module with weights tells where and in which precision the attention computes; not all have a k_proj, and of
+    # a quantized layer only the norms may have them.
+    parts = (*attention.modules(), *structure.stack_of(model)[index].modules())
+    projection = cast(nn.Linear, next(part for part in parts if isinstance(getattr(part, "weight", None), Tensor)))
     text = attention.config
     heads = text.num_attention_heads
     return ModaLayer(

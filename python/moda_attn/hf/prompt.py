@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import TEXT
@@ -51,13 +55,49 @@ class Prompt:
         """
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            return {}
         words = {"modality_ids": (self.modality_ids, TEXT), "moda_context": (self.context, False)}
         result = {}
         for name, (tensor, later) in words.items():
-            if tensor is None or tokens is None or arguments.get(name) is not None:
+            if tensor is None or arguments.get(name) is not None:
                 continue
             rows, columns = tokens.shape[:2]
+            if columns < tensor.shape[1] or rows % tensor.shape[0]:
+                raise ModaValueError(
+                    f"{name} describes a prompt of shape {tuple(tensor.shape)}, but generate runs the model on tokens "
+                    f"of shape {(rows, columns)}, as it does for guidance_scale: what those are is unknown"
+                )
             tensor = tensor.to(tokens.device).repeat_interleave(rows // tensor.shape[0], dim=0)
             rest = tensor.new_full((rows, columns - tensor.shape[1]), later)
             result[name] = torch.cat([tensor, rest], dim=1)
+        kinds = arguments.get("mm_token_type_ids")
+        if isinstance(kinds, Tensor) and kinds.shape[1] == self.length:
+            # A processor's words, which `generate` hands on without the columns of drafts.
+            result["mm_token_type_ids"] = F.pad(kinds, (0, tokens.shape[1] - kinds.shape[1]), value=TEXT)
         return result
+
+
+class PerThread(threading.local):
+    """What belongs to the calling thread alone: several may generate on one model at the same time.
+
+    A copy of a model runs nothing yet, so that a copy of this holds nothing.
+    """
+
+    def __reduce__(self) -> tuple[type[PerThread], tuple[()]]:
+        return PerThread, ()
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """Of the `generate` that runs in this thread; None outside of one."""
+        return getattr(self, "_prompt", None)
+
+    @contextmanager
+    def generating(self, prompt: Prompt) -> Iterator[None]:
+        """Have `prompt` be the running one inside the block."""
+        outer = self.prompt
+        self._prompt: Prompt | None = prompt
+        try:
+            yield
+        finally:
+            self._prompt = outer

@@ -14,7 +14,7 @@ from ..config import ModaConfig
 from ..errors import ModaRuntimeError, ModaValueError
 from .ids import OWN_ARGUMENTS, describe_call, from_processor, new_columns, refuse_late_images
 from .memory import is_filled
-from .prompt import Prompt
+from .prompt import PerThread, Prompt
 from .registry import Family, MediaTokens
 from .structure import Structure
 from .wrappers import refuse_cut_gradient, refuse_lost_parameters
@@ -39,7 +39,7 @@ class Runtime:
         tokens: the placeholders of image and video features.
         attention: name of the attention implementation before the patch.
         recorder: computes the attention of every layer while set, and records it.
-        prompt: of the running `generate`.
+        own: of the calling thread alone: the prompt of its running `generate`.
     """
 
     structure: Structure
@@ -48,7 +48,7 @@ class Runtime:
     tokens: MediaTokens
     attention: str
     recorder: Recorder | None = None
-    prompt: Prompt | None = None
+    own: PerThread = field(default_factory=PerThread)
     handles: list[Any] = field(default_factory=list)
 
     def connect(self, model: nn.Module) -> None:
@@ -95,7 +95,7 @@ class Runtime:
         filled = is_filled(arguments.get("past_key_values"))
         if self.config is not None and self.config.needs_basis and filled:
             refuse_late_images(arguments)
-        prompt = None if filled else self.prompt
+        prompt = None if filled else self.own.prompt
         if prompt is not None:
             arguments |= prompt.describe(arguments)
         call = describe_call(
@@ -138,13 +138,11 @@ class Runtime:
         kinds = None if "mm_token_type_ids" in _positional(model) else kwargs.pop("mm_token_type_ids", None)
         if kinds is not None:
             kwargs.setdefault("modality_ids", from_processor(kinds, self.tokens))
-        outer, self.prompt = self.prompt, Prompt.take(args, kwargs)
-        if is_filled(kwargs.get("past_key_values")) and (self.prompt.modality_ids, self.prompt.context) != (None, None):
+        prompt = Prompt.take(args, kwargs)
+        if is_filled(kwargs.get("past_key_values")) and (prompt.modality_ids, prompt.context) != (None, None):
             raise ModaValueError("modality_ids and moda_context describe a prompt; past_key_values holds one already")
-        try:
+        with self.own.generating(prompt):
             return type(vision_language).generate(vision_language, *args, **kwargs)
-        finally:
-            self.prompt = outer
 
 
 def _positional(module: nn.Module) -> tuple[str, ...]:

@@ -46,14 +46,18 @@ class Structure:
     owners: tuple[str, ...] = ("",)
     text_config: str | None = None
 
+    def stack_of(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder's layers."""
+        return cast(nn.ModuleList, model.get_submodule(f"{self.decoder}.{self.stack}".lstrip(".")))
+
     def attentions(self, model: nn.Module) -> dict[int, TextAttention]:
         """The attention module of every layer that can be patched, by index."""
-        stack: Any = model.get_submodule(f"{self.decoder}.{self.stack}".lstrip("."))
+        stack = self.stack_of(model)
         return {index: cast("TextAttention", getattr(stack[index], self.attention)) for index in self.layers}
 
     def others(self, model: nn.Module) -> list[Any]:
         """The modules of the layers that cannot be patched that read the decoder's configuration when they attend."""
-        stack: Any = model.get_submodule(f"{self.decoder}.{self.stack}".lstrip("."))
+        stack = self.stack_of(model)
         found = [module for index in self.skipped for module in stack[index].modules()]
         kind = type(self.decoder_of(model).config)
         return [module for module in found if type(getattr(module, "config", None)) is kind]
@@ -93,6 +97,9 @@ def find_structure(model: object) -> Structure:
     if legacy is not None:
         return legacy
     name = type(model).__name__
+    for child in model.children():
+        if isinstance(child, PreTrainedModel) and not isinstance(model, PreTrainedModel):
+            raise ModaValueError(f"{name} is a wrapper: apply to the {type(child).__name__} inside, then wrap it")
     if not isinstance(model, PreTrainedModel):
         raise ModaValueError(f"{name} is not supported; wanted a transformers.PreTrainedModel with {SEAM}")
     found: list[tuple[str, str, str, tuple[int, ...], dict[int, str]]] = []
@@ -115,7 +122,8 @@ def find_structure(model: object) -> Structure:
         if not _takes_keywords(model.get_submodule(owner)):
             raise ModaValueError(
                 f"{name} is not supported: the forward of {owner or name} takes no further keyword arguments, "
-                "in which modality ids could reach the layers"
+                "in which modality ids could reach the layers; let it take and hand on **kwargs, or apply to the model "
+                "inside"
             )
     return Structure(path, stack, attention, eligible, skipped, _owners(model, path), _text_config(model, path))
 

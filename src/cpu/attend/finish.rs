@@ -35,15 +35,13 @@ impl<T: Element<Acc: CpuReal>> Finish<'_, '_, T> {
         let outputs = self.outputs;
         let Sizes { depth, vectors, parts, .. } = self.sizes;
         let (head, query) = (info.row.head, info.query);
-        // SAFETY: this task alone owns the row.
-        let logsumexp = unsafe { outputs.logsumexp.element([b, head, part, query]) };
-        let mut factor = S::Real::ZERO;
-        *logsumexp = S::Real::INFINITY;
-        if running.seen {
-            factor = S::Real::ONE / running.total;
+        let factor = if running.seen { S::Real::ONE / running.total } else { S::Real::ZERO };
+        if let Some(logsumexp) = &outputs.logsumexp {
             // Backward takes every probability from this number: it is rounded once, to its own type.
             let natural = running.top.to_f64() * std::f64::consts::LN_2 + running.total.to_f64().ln();
-            *logsumexp = S::Real::from_f64(natural);
+            // SAFETY: this task alone owns the row.
+            let logsumexp = unsafe { logsumexp.element([b, head, part, query]) };
+            *logsumexp = if running.seen { S::Real::from_f64(natural) } else { S::Real::INFINITY };
         }
         if let Some(mass) = &outputs.mass {
             let sink = self.problem.sink.map(|sink| sink.get([b, head, query, part]) * S::Real::LOG2_E);
@@ -58,7 +56,7 @@ impl<T: Element<Acc: CpuReal>> Finish<'_, '_, T> {
                 MassBy::Relation => &by_relation,
                 MassBy::Modality => by_modality,
             };
-            // SAFETY: as above.
+            // SAFETY: this task alone owns the row.
             let columns = unsafe { mass.values.block([b, head, query]) };
             for (mass, &share) in columns.iter_mut().zip(shares.iter().chain([&pseudo])) {
                 let earlier = if part == 0 { S::Real::ZERO } else { *mass };

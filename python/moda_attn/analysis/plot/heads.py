@@ -57,7 +57,7 @@ def draw_heads(axes: Axes, layers: tuple[int, ...], row: RowBalance, theme: Them
         axes.tick_params(which="minor", length=0)
     bar = axes.figure.colorbar(image, ax=axes, ticks=[-1, 0, 1], shrink=0.95, pad=0.03, aspect=18)
     bar.ax.set_yticklabels(["all on\nothers", "both\nalike", "all on\nown"])
-    chance = np.mean(np.subtract(row.chance.self_mass, row.chance.cross_mass))
+    chance = float(np.mean(np.subtract(row.chance.self_mass, row.chance.cross_mass)))
     bar.ax.axhline(chance, color=theme.ink, linewidth=1.2)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...errors import ModaRuntimeError, ModaValueError
 from ...layer import attend, attention_weights
+from ..derived import derived
 from ..names import NAME
 from ..placement import copy_in_use
 from ..record import AttentionCall
@@ -60,9 +61,7 @@ def legacy_patched(cls: type) -> type:
             )
             return output, weights, cache
 
-    Patched.__name__ = f"Moda{cls.__name__}"
-    Patched.__qualname__ = Patched.__name__
-    return Patched
+    return derived(legacy_patched, Patched)
 
 
 def _by_kernel(

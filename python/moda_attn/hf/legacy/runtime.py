@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,18 +34,18 @@ class Running:
 
 @dataclass
 class LegacyRuntime(Runtime):
-    """What one patched model shares with its layers.
-
-    Attributes:
-        threads: by thread.
-    """
-
-    threads: dict[int, Running] = field(default_factory=dict)
+    """What one patched model shares with its layers."""
 
     @property
     def running(self) -> Running:
         """Of this thread."""
-        return self.threads.setdefault(threading.get_ident(), Running())
+        if not hasattr(self.own, "running"):
+            self.own.running = Running()
+        return self.own.running
+
+    @running.setter
+    def running(self, running: Running) -> None:
+        self.own.running = running
 
     def connect(self, model: nn.Module) -> None:
         """Stand before the methods that merge, generate and save, and hook the model and its decoder."""
@@ -75,11 +74,11 @@ class LegacyRuntime(Runtime):
 
     def generate(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, in which embeddings that were not merged are text."""
-        self.threads[threading.get_ident()] = Running(generating=True)
+        outer, self.running = self.running, Running(generating=True)
         try:
             return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
-            del self.threads[threading.get_ident()]
+            self.running = outer
 
     def before_model(self, module: nn.Module, args: tuple) -> None:
         """Raise in a training step that would leave MODA's parameters behind."""

@@ -81,7 +81,7 @@ fn attention<D: Dot<Real = f32>>(d: D, problem: &AttendProblem<'_, bf16>, d_out:
     let mut logsumexp = vec![f32::NAN; b * hq * nq];
     let mut outputs = AttendOutputs {
         out: ViewMut::from_slice(&mut out, [b, hq, nq, dim]),
-        logsumexp: ViewMut::from_slice(&mut logsumexp, [b, hq, 1, nq]),
+        logsumexp: Some(ViewMut::from_slice(&mut logsumexp, [b, hq, 1, nq])),
         parts: None,
         mass: None,
     };
