@@ -62,11 +62,29 @@ if TYPE_CHECKING:
     from .state import ModaCache
 
 
+# Library -> the extra that brings it; transformers brings what it needs itself.
+_EXTRAS = {"numpy": "numpy", "torch": "torch", "transformers": "hf", "safetensors": "hf"}
+
+
+def _submodule(module: str, name: str) -> Any:
+    try:
+        return importlib.import_module(f".{module}", __name__)
+    except ModuleNotFoundError as missing:
+        library = (missing.name or "").partition(".")[0]
+        if library not in _EXTRAS:
+            raise
+        raise ModuleNotFoundError(
+            f"moda_attn.{name} needs {library}, which is not installed: pip install {library} or "
+            f'"moda-attn[{_EXTRAS[library]}]"',
+            name=library,
+        ) from missing
+
+
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
-        return importlib.import_module(f".{name}", __name__)
+        return _submodule(name, name)
     if name in _ATTRIBUTES:
-        value = getattr(importlib.import_module(f".{_ATTRIBUTES[name]}", __name__), name)
+        value = getattr(_submodule(_ATTRIBUTES[name], name), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,11 +2,13 @@
 
 Torch allocates everything, results and workspace, on its current stream, and the launches go to that stream: nothing
 here waits for the device. Kernels read vectors of 16 bytes, so rows (the head dimension) must be contiguous, aligned
-and a multiple of 8 elements long; other tensors are copied, and filled up with zeros, which changes no result.
+and a multiple of 8 elements long, and tables without gaps; other tensors are copied, and filled up with zeros, which
+changes no result. What forward and backward of an operator both read goes to the extension as one tuple.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +21,16 @@ from torch.nn.functional import pad
 from . import _native
 from .errors import ModaValueError
 
-__all__ = ["IS_BUILT", "check_cuda"]
+__all__ = ["IS_BUILT", "check_cuda", "run"]
 
 #: Whether the extension was built with CUDA kernels.
 IS_BUILT = hasattr(_native, "cuda_check")
 
 _STEP = 8  # elements: a row is a multiple of them
 _VECTOR = 16  # bytes
+
+#: Releases of torch whose tensors the extension can only take as capsules, which they make on the current device alone.
+_ONLY_CAPSULES = getattr(Tensor, "__dlpack_c_exchange_api__", None) is None
 
 Outputs = Callable[..., tuple[Tensor, ...]]
 
@@ -61,6 +66,12 @@ def check_cuda(device: torch.device | str | int | None = None) -> None:
     _native.cuda_check(index)
 
 
+def run(kernel: Callable[..., Any], outputs: Callable[..., Any], *inputs: Any) -> Any:
+    """Calls one of the kernels below, which may be on another device than the current one."""
+    with torch.cuda.device_of(inputs[0]) if _ONLY_CAPSULES else contextlib.nullcontext():
+        return kernel(outputs, inputs)
+
+
 def _place(like: Tensor) -> tuple[int, Callable[[int], Tensor]]:
     """The current stream of a tensor's device and what allocates a workspace for it."""
     stream = torch.cuda.current_stream(like.device).cuda_stream
@@ -74,21 +85,26 @@ def _filler(dim: int, **tensors: tuple[Tensor | None, int]) -> Callable[[Tensor,
     the extension complains about the shapes as they were given.
     """
     missing = -dim % _STEP
-    fit = all(t is None or t.shape[max(t.dim() - axes, 0) :] == (dim,) * axes for t, axes in tensors.values())
-    if not missing or not fit:
-        return lambda tensor, axes: tensor
-    return lambda tensor, axes: pad(tensor, (0, missing) * axes)
+    if missing and all(t is None or t.shape[max(t.dim() - n, 0) :] == (dim,) * n for t, n in tensors.values()):
+        return lambda tensor, axes: pad(tensor, (0, missing) * axes)
+    return lambda tensor, axes: tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor without gaps, where vectors may begin: a copy where it must be, as of a part of a flat parameter."""
+    if tensor.is_contiguous() and tensor.data_ptr() % _VECTOR == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor with rows that kernels can read: a copy where it must be."""
-    size = tensor.element_size()
-    strides = [stride * size for stride, count in zip(tensor.stride(), tensor.shape, strict=True) if count > 1]
-    rows_fit = all(stride % _VECTOR == 0 for stride in (strides[:-1] if tensor.shape[-1:] > (1,) else strides))
-    contiguous = not tensor.dim() or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
-    if contiguous and rows_fit and tensor.data_ptr() % _VECTOR == 0:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    if not tensor.is_contiguous() and tensor.data_ptr() % _VECTOR == 0:
+        *others, last = tensor.stride()
+        step = _VECTOR // tensor.element_size()
+        if last == 1 and not any(stride % step for stride in others):
+            return tensor
+    return _whole(tensor)
 
 
 def _cut(tensor: Tensor, like: Tensor) -> Tensor:
@@ -111,12 +127,11 @@ def align(outputs: Outputs, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     wanted, dim = outputs(*inputs), sum(key.shape[-1:])
     fill = _filler(dim, value=(value, 1), keep=(keep, 2), mix=(mix, 2), basis=(basis, 2))
     rows = [_rows(fill(tensor, 1)) for tensor in (key, value)]
-    tables = [fill(_table(table, key), 2).contiguous() for table in (keep, mix)]
-    given = None if basis is None else fill(basis, 2).contiguous()
+    tables = [_whole(fill(_table(table, key), 2)) for table in (keep, mix)]
+    given = None if basis is None else _whole(fill(basis, 2))
     prepared = (*rows, modality, *tables, kind, context, given, eps)
     aligned, computed = wanted if rows[0].shape == key.shape else outputs(*prepared)
-    arguments = [*prepared, dim, aligned, computed if basis is None else None, _place(key)]
-    _native.cuda_align_forward(*arguments)
+    _native.cuda_align_forward((*prepared, dim), aligned, computed if basis is None else None, _place(key))
     return _cut(aligned, wanted[0]), _cut(computed, wanted[1])
 
 
@@ -126,12 +141,12 @@ def align_backward(outputs: Outputs, inputs: tuple[Any, ...]) -> tuple[Tensor, .
     wanted, dim = outputs(*inputs), sum(key.shape[-1:])
     fill = _filler(dim, value=(value, 1), keep=(keep, 2), mix=(mix, 2), basis=(basis, 2), d_aligned=(d_aligned, 1))
     rows = [_rows(fill(tensor, 1)) for tensor in (key, value)]
-    tables = [fill(_table(table, key), 2).contiguous() for table in (keep, mix)]
-    prepared = (*rows, modality, *tables, kind, context, fill(basis, 2).contiguous(), computed, eps)
-    upstream = (_rows(fill(d_aligned, 1)), None if d_basis is None else fill(d_basis, 2).contiguous())
-    made = wanted if rows[0].shape == key.shape else outputs(*prepared, *upstream)
+    tables = [_whole(fill(_table(table, key), 2)) for table in (keep, mix)]
+    prepared = (*rows, modality, *tables, kind, context, _whole(fill(basis, 2)))
+    upstream = (_rows(fill(d_aligned, 1)), None if d_basis is None else _whole(fill(d_basis, 2)))
+    made = wanted if rows[0].shape == key.shape else outputs(*prepared, computed, eps, *upstream)
     *others, given = made
-    arguments = [*prepared, dim, *upstream, *others, None if computed else given, _place(key)]
+    arguments = [(*prepared, eps, dim), computed, *upstream, *others, None if computed else given, _place(key)]
     _native.cuda_align_backward(*arguments)
     return tuple(_cut(tensor, like) for tensor, like in zip(made, wanted, strict=True))
 
@@ -139,15 +154,15 @@ def align_backward(outputs: Outputs, inputs: tuple[Any, ...]) -> tuple[Tensor, .
 def sink(outputs: Callable[..., Tensor], inputs: tuple[Any, ...]) -> Tensor:
     """Kernel of ``pseudo_sink``."""
     made = outputs(*inputs)
-    arguments = [*inputs, made, _place(inputs[0])]
-    _native.cuda_sink_forward(*arguments)
+    _native.cuda_sink_forward(inputs, made, _place(inputs[0]))
     return made
 
 
 def sink_backward(outputs: Outputs, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Kernel of ``pseudo_sink_backward``."""
     made = outputs(*inputs)
-    arguments = [*inputs, *made, _place(inputs[0])]
+    *problem, d_sink = inputs
+    arguments = [tuple(problem), d_sink, *made, _place(inputs[0])]
     _native.cuda_sink_backward(*arguments)
     return made
 
@@ -167,8 +182,7 @@ def attention(outputs: Outputs, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     made = wanted if rows[0].shape == query.shape else outputs(*prepared)
     out, logsumexp, parts, mass = made
     optional = (parts if combine == "split" else None, None if mass_by == "none" else mass)
-    arguments = [*prepared, out, logsumexp, *optional, _place(query)]
-    _native.cuda_attend_forward(*arguments)
+    _native.cuda_attend_forward(prepared[:-1], mass_by, out, logsumexp, *optional, _place(query))
     return tuple(_cut(tensor, like) for tensor, like in zip(made, wanted, strict=True))
 
 
@@ -181,12 +195,12 @@ def attention_backward(outputs: Outputs, inputs: tuple[Any, ...]) -> tuple[Tenso
     fill = _filler(dim, key=(key, 1), value=(value, 1), d_out=(d_out, 1), out=(out, 1))
     rows = [_rows(fill(tensor, 1)) for tensor in (query, key, value)]
     prepared = (*rows, modality, query_modality, is_causal, _scale(scale, dim), *options)
-    both = fill(parts, 1).contiguous() if split else parts
-    upstream = (_rows(fill(d_out, 1)), fill(out, 1).contiguous(), logsumexp.contiguous(), both)
+    both = _whole(fill(parts, 1)) if split else parts
+    upstream = (_rows(fill(d_out, 1)), _whole(fill(out, 1)), _whole(logsumexp), both)
     made = wanted if rows[0].shape == query.shape else outputs(*prepared, *upstream, needs_sink, needs_bias)
     d_query, d_key, d_value, d_sink, d_bias = made
     optional = (d_sink if needs_sink else None, d_bias if needs_bias else None)
     given = (*upstream[:3], both if split else None)
-    arguments = [*prepared, *given, d_query, d_key, d_value, *optional, _place(query)]
-    _native.cuda_attend_backward(*arguments)
+    # The number of modalities is that of the bias table, or does not matter.
+    _native.cuda_attend_backward((*prepared, None), *given, d_query, d_key, d_value, *optional, _place(query))
     return tuple(_cut(tensor, like) for tensor, like in zip(made, wanted, strict=True))

@@ -38,6 +38,25 @@ __all__ = [
 
 _Tensor = Any
 _Place = tuple[int, Callable[[int], Any]]
+# key, value, modality, keep, mix, kind, context, basis, eps, dim
+_AlignInputs = tuple[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor, str, _Tensor | None, _Tensor | None, float, int]
+# position, query_modality, span, decay, base
+_SinkInputs = tuple[_Tensor, _Tensor, int, _Tensor, _Tensor]
+# query, key, value, modality, query_modality, is_causal, scale, sink, bias, key_range, combine, num_modalities
+_AttendInputs = tuple[
+    _Tensor,
+    _Tensor,
+    _Tensor,
+    _Tensor,
+    _Tensor | None,
+    bool,
+    float,
+    _Tensor | None,
+    _Tensor | None,
+    _Tensor | None,
+    str,
+    int | None,
+]
 
 def align_forward(
     key: _Tensor,
@@ -129,33 +148,10 @@ def attend_backward(
     d_bias: _Tensor | None,
     threads: int,
 ) -> None: ...
-def cuda_align_forward(
-    key: _Tensor,
-    value: _Tensor,
-    modality: _Tensor,
-    keep: _Tensor,
-    mix: _Tensor,
-    kind: str,
-    context: _Tensor | None,
-    basis: _Tensor | None,
-    eps: float,
-    dim: int,
-    aligned: _Tensor,
-    basis_out: _Tensor | None,
-    place: _Place,
-) -> None: ...
+def cuda_align_forward(inputs: _AlignInputs, aligned: _Tensor, basis_out: _Tensor | None, place: _Place) -> None: ...
 def cuda_align_backward(
-    key: _Tensor,
-    value: _Tensor,
-    modality: _Tensor,
-    keep: _Tensor,
-    mix: _Tensor,
-    kind: str,
-    context: _Tensor | None,
-    basis: _Tensor,
+    inputs: _AlignInputs,
     computed: bool,
-    eps: float,
-    dim: int,
     d_aligned: _Tensor,
     d_basis: _Tensor | None,
     d_key: _Tensor,
@@ -165,39 +161,12 @@ def cuda_align_backward(
     d_basis_given: _Tensor | None,
     place: _Place,
 ) -> None: ...
-def cuda_sink_forward(
-    position: _Tensor,
-    query_modality: _Tensor,
-    span: int,
-    decay: _Tensor,
-    base: _Tensor,
-    sink: _Tensor,
-    place: _Place,
-) -> None: ...
+def cuda_sink_forward(inputs: _SinkInputs, sink: _Tensor, place: _Place) -> None: ...
 def cuda_sink_backward(
-    position: _Tensor,
-    query_modality: _Tensor,
-    span: int,
-    decay: _Tensor,
-    base: _Tensor,
-    d_sink: _Tensor,
-    d_decay: _Tensor,
-    d_base: _Tensor,
-    place: _Place,
+    inputs: _SinkInputs, d_sink: _Tensor, d_decay: _Tensor, d_base: _Tensor, place: _Place
 ) -> None: ...
 def cuda_attend_forward(
-    query: _Tensor,
-    key: _Tensor,
-    value: _Tensor,
-    modality: _Tensor,
-    query_modality: _Tensor | None,
-    is_causal: bool,
-    scale: float,
-    sink: _Tensor | None,
-    bias: _Tensor | None,
-    key_range: _Tensor | None,
-    combine: str,
-    num_modalities: int | None,
+    inputs: _AttendInputs,
     mass_by: str,
     out: _Tensor,
     lse: _Tensor,
@@ -206,17 +175,7 @@ def cuda_attend_forward(
     place: _Place,
 ) -> None: ...
 def cuda_attend_backward(
-    query: _Tensor,
-    key: _Tensor,
-    value: _Tensor,
-    modality: _Tensor,
-    query_modality: _Tensor | None,
-    is_causal: bool,
-    scale: float,
-    sink: _Tensor | None,
-    bias: _Tensor | None,
-    key_range: _Tensor | None,
-    combine: str,
+    inputs: _AttendInputs,
     d_out: _Tensor,
     out: _Tensor,
     lse: _Tensor,

@@ -134,17 +134,13 @@ def _refuse_double_backward(ctx: Any, *_: Any) -> NoReturn:
     )
 
 
-def _on_cuda(kernel: Any, outputs: Any, *inputs: Any) -> Any:
-    return kernel(outputs, inputs)
-
-
 def _register(name: str, kernel: Any, cuda: Any, results: Any, derivative: Any = None, cast: Any = ()) -> Operator:
     """Registers an operator whose results are made by `results`; `derivative` is what forward saves and the formula."""
     results = _results.whole(results)
     setup, formula = derivative or (None, _refuse_double_backward)
     _LIBRARY.impl(name, _results.whole(kernel), "CPU")
     if _cuda.IS_BUILT:
-        _LIBRARY.impl(name, partial(_on_cuda, cuda, results), "CUDA")
+        _LIBRARY.impl(name, partial(_cuda.run, cuda, results), "CUDA")
     torch.library.register_fake(f"moda_attn::{name}", results, lib=_LIBRARY)
     torch.library.register_autograd(f"moda_attn::{name}", formula, setup_context=setup, lib=_LIBRARY)
     registered = getattr(torch.ops.moda_attn, name).default

@@ -1,5 +1,6 @@
 //! Workspace memory: aligned to cache lines, zeroed, and an error instead of an abort where there is none.
 
+use super::pages::prefer_large;
 use crate::dtype::Real;
 use crate::error::{Error, Result};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -33,6 +34,7 @@ impl<R: Real> Buffer<R> {
         let layout = Self::layout(length).ok_or_else(failed)?;
         // SAFETY: the layout is not of size zero.
         let allocated = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(failed)?;
+        prefer_large(allocated.as_ptr(), layout.size());
         // SAFETY: the layout has room for the numbers after the next aligned address.
         let pointer = unsafe { allocated.byte_add(allocated.align_offset(ALIGNMENT)) }.cast();
         Ok(Self { allocated, pointer, length })

@@ -11,6 +11,7 @@ mod buffer;
 mod dot;
 mod isa;
 mod kernel;
+mod pages;
 mod parallel;
 mod rate;
 mod real;
@@ -24,6 +25,7 @@ use crate::problem::{
 };
 use half::{bf16, f16};
 pub use isa::Isa;
+use pages::prefer_large_under;
 pub use real::CpuReal;
 use std::time::Duration;
 
@@ -118,6 +120,7 @@ macro_rules! cpu_element {
     ($($type:ident),*) => {
         $(impl CpuElement for $type {
             fn align(exec: Exec, problem: &AlignProblem<'_, Self>, outputs: &mut AlignOutputs<'_, Self>) -> Result<()> {
+                prefer_large_under(&mut outputs.aligned);
                 with_dot!(exec, $type, dot => align::forward(dot, exec.threads, problem, outputs))
             }
 
@@ -127,10 +130,12 @@ macro_rules! cpu_element {
                 upstream: &AlignUpstream<'_, Self>,
                 gradients: &mut AlignGradients<'_, Self>,
             ) -> Result<()> {
+                [&mut gradients.key, &mut gradients.value].into_iter().for_each(prefer_large_under);
                 align::backward(exec, problem, upstream, gradients)
             }
 
             fn attend(exec: Exec, problem: &AttendProblem<'_, Self>, outputs: &mut AttendOutputs<'_, Self>) -> Result<()> {
+                prefer_large_under(&mut outputs.out);
                 with_dot!(exec, $type, dot => attend::forward(dot, exec.threads, problem, outputs))
             }
 
@@ -140,6 +145,8 @@ macro_rules! cpu_element {
                 upstream: &AttendUpstream<'_, Self>,
                 gradients: &mut AttendGradients<'_, Self>,
             ) -> Result<()> {
+                let results = [&mut gradients.query, &mut gradients.key, &mut gradients.value];
+                results.into_iter().for_each(prefer_large_under);
                 with_dot!(exec, $type, dot => attend::backward(dot, exec.threads, problem, upstream, gradients))
             }
 

@@ -1,7 +1,7 @@
 //! The GPU itself: the only file that calls the CUDA driver, which is loaded at the first call and may be missing.
 //!
 //! The primary context is used, the one that PyTorch uses too, and streams are the caller's. Nothing here waits for the
-//! device, and after the first launch of a kernel nothing is allocated: calls can be captured in a CUDA graph.
+//! device, and after the first launch of a kernel nothing is allocated: calls can be captured in a CUDA graph, first ones too.
 
 use super::cache::{Cache, Key};
 use super::launch::{Kernel, Launch};
@@ -178,6 +178,27 @@ fn enter(context: sys::CUcontext) -> Result<Entered> {
     Ok(Entered { replaced, before: current.unwrap_or(std::ptr::null_mut()) })
 }
 
+/// Lets this thread load kernels and allocate while it or another one captures a CUDA graph, until it is dropped: neither
+/// is work of a stream, so neither would be part of the graph.
+struct Relaxed {
+    before: sys::CUstreamCaptureMode,
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        // SAFETY: one mode to read and to write. A failure changes nothing.
+        let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut self.before) };
+    }
+}
+
+fn relax() -> Result<Relaxed> {
+    let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    // SAFETY: as above.
+    let exchanged = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+    refused("cuThreadExchangeStreamCaptureMode", exchanged.result())?;
+    Ok(Relaxed { before: mode })
+}
+
 impl Gpu {
     /// The GPU of an ordinal, ready. It stays so for the life of the process, as PyTorch's contexts do.
     pub fn get(ordinal: usize) -> Result<&'static Self> {
@@ -197,7 +218,7 @@ impl Gpu {
         found.check(ordinal)?;
         // SAFETY: a device that the driver has just given. The context is never released.
         let context = refused("cuDevicePrimaryCtxRetain", unsafe { result::primary_ctx::retain(device) })?;
-        let entered = enter(context)?;
+        let (entered, _relaxed) = (enter(context)?, relax()?);
         let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
         // SAFETY: memory for one record, never freed.
         let memory = unsafe { result::malloc_host(size_of::<IdsRecord>(), flags) };
@@ -265,6 +286,7 @@ impl Gpu {
     /// The loaded kernels of a plan. A step of training needs some twenty, a second or more each to compile: threads of
     /// their own do it. The context is current.
     fn prepare(&self, launches: &[Launch]) -> Result<Vec<sys::CUfunction>> {
+        let _relaxed = relax()?;
         let kernels: HashSet<&Kernel> = launches.iter().map(|launch| &launch.kernel).collect();
         thread::scope(|scope| {
             let compiled: Vec<_> = kernels.into_iter().map(|kernel| scope.spawn(|| self.image(kernel))).collect();

@@ -15,6 +15,9 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 /// Names that the releases we know have, newest first.
 const NAMES: [&str; 2] = ["libnvrtc.so.13", "libnvrtc.so.12"];
 
+/// The oldest release that is tested.
+const OLDEST: (c_int, c_int) = (12, 1);
+
 type Program = *mut c_void;
 type Code = c_int;
 type GetSize = unsafe extern "C" fn(Program, *mut usize) -> Code;
@@ -213,8 +216,8 @@ impl Nvrtc {
         if unsafe { version(&raw mut major, &raw mut minor) } != 0 {
             return Err("nvrtcVersion fails".to_owned());
         }
-        if major < 12 {
-            return Err(format!("it is NVRTC {major}.{minor}; wanted 12 or newer"));
+        if (major, minor) < OLDEST {
+            return Err(format!("it is NVRTC {major}.{minor}; wanted {}.{} or newer", OLDEST.0, OLDEST.1));
         }
         let count: Symbol<List> = symbol(&library, c"nvrtcGetNumSupportedArchs")?;
         let list: Symbol<List> = symbol(&library, c"nvrtcGetSupportedArchs")?;

@@ -214,6 +214,9 @@ fn filled_rows_change_nothing() {
 fn no_token_is_a_problem_too() {
     let options = AlignOptions { tokens: 0, dim: 8, ..AlignOptions::default() };
     check::<f32>(options, 40);
+    check::<bf16>(AlignOptions { tokens: 5, batch: 0, ..options }, 41);
+    check::<bf16>(AlignOptions { tokens: 5, heads: 0, basis_used: true, ..options }, 42);
+    check::<f32>(AlignOptions { tokens: 5, batch: 0, given: true, ..options }, 43);
 }
 
 #[test]
@@ -254,6 +257,25 @@ fn large_heads_match_the_specification() {
     let options = AlignOptions { batch: 1, heads: 1, tokens: 21, padding: Padding::Right, ..AlignOptions::default() };
     check::<bf16>(AlignOptions { dim: 136, ..options }, 50);
     check::<f32>(AlignOptions { dim: 136, kind: Basis::Gram, ..options }, 51);
+}
+
+#[test]
+fn the_largest_heads_match_the_specification() {
+    let options = AlignOptions { batch: 1, heads: 1, dim: 256, tokens: 70, ..AlignOptions::default() };
+    check::<bf16>(AlignOptions { padding: Padding::Left, storage: Storage::TokensFirst, ..options }, 70);
+    check::<f16>(AlignOptions { dim: 200, tokens: 9, kind: Basis::Gram, basis_used: true, ..options }, 71);
+    check::<f32>(AlignOptions { tokens: 33, given: true, ..options }, 72);
+    check::<f64>(AlignOptions { dim: 248, tokens: 5, ..options }, 73);
+}
+
+#[test]
+fn many_modalities_match_the_specification() {
+    let options = AlignOptions { layout: Layout::Interleaved, batch: 1, dim: 40, ..AlignOptions::default() };
+    check::<bf16>(AlignOptions { modalities: 5, tokens: 130, context: Context::Prompt, ..options }, 80);
+    check::<f32>(AlignOptions { modalities: 6, tokens: 70, kind: Basis::Gram, basis_used: true, ..options }, 81);
+    let options = AlignOptions { modalities: 254, dim: 8, heads: 1, ..options };
+    check::<f32>(AlignOptions { tokens: 300, layout: Layout::Middle, ..options }, 82);
+    check::<bf16>(AlignOptions { tokens: 3, given: true, ..options }, 83);
 }
 
 /// A decoding step: one launch without workspace.

@@ -26,7 +26,11 @@ struct Device<'c, T: Element> {
 
 impl<'c, T: DeviceElement> Device<'c, T> {
     fn new(case: &'c AttendCase<T>) -> Self {
-        let mut gpu = Gpu::new();
+        Self::of(Target::SM_80, case)
+    }
+
+    fn of(target: Target, case: &'c AttendCase<T>) -> Self {
+        let mut gpu = Gpu::with_architecture(target.capability);
         let AttendOptions { batch, heads, queries, keys, modalities, combine, causal, .. } = case.options;
         let key_range = case.ranges.as_ref().map(|ranges| {
             let [rows, _] = ranges.shape();
@@ -35,7 +39,7 @@ impl<'c, T: DeviceElement> Device<'c, T> {
             DeviceTensor::contiguous(gpu.buffer(&flat), DType::Int32, [rows, queries, 2])
         });
         let problem = AttendProblem {
-            target: Target::SM_80,
+            target,
             record: record(&mut gpu),
             query: input(&mut gpu, &case.query),
             key: input(&mut gpu, &case.key),
@@ -123,8 +127,13 @@ impl<'c, T: DeviceElement> Device<'c, T> {
 /// Forward and backward of a case, both held to the specification.
 #[track_caller]
 fn check<T: DeviceElement>(seed: u64, options: AttendOptions) {
+    check_on::<T>(Target::SM_80, seed, options);
+}
+
+#[track_caller]
+fn check_on<T: DeviceElement>(target: Target, seed: u64, options: AttendOptions) {
     let case = AttendCase::<T>::new(&mut Rng::new(seed), options);
-    let mut device = Device::new(&case);
+    let mut device = Device::of(target, &case);
     let (outputs, buffers) = device.forward();
     case.check_forward(&buffers);
     case.check_backward(&device.backward(&outputs));
@@ -253,9 +262,9 @@ fn what_does_not_fit_the_device_is_refused() {
     let mut device = Device::new(&case);
     let outputs = device.outputs();
     let message = |problem: &AttendProblem| forward(problem, &outputs, 0).unwrap_err().to_string();
-    let small = Target { shared_limit: 101_376, ..Target::SM_80 };
+    let small = Target { shared_limit: 65_536, ..Target::SM_80 };
     let refused = message(&AttendProblem { target: small, ..device.problem });
-    assert!(refused.contains("shared memory, this device has 101376"), "{refused}");
+    assert!(refused.contains("shared memory, this device has 65536"), "{refused}");
     let mut without_columns = device.problem;
     without_columns.query.shape[3] = 0;
     assert!(message(&without_columns).contains("at least 8"));
@@ -296,6 +305,28 @@ fn head_dimensions_match_the_specification() {
             check::<f64>(seed as u64, AttendOptions { heads: 1, queries: 20, ..options });
         }
     }
+}
+
+/// The widest heads on the devices with the least shared memory: smaller tiles.
+#[test]
+fn little_shared_memory_is_enough() {
+    let options = AttendOptions { dim: 256, batch: 1, heads: 1, queries: 20, keys: 37, ..usual() };
+    check_on::<bf16>(Target::SM_89, 0, AttendOptions { queries: 70, keys: 70, combine: Combine::Split, ..options });
+    check_on::<bf16>(Target::SM_89, 1, AttendOptions { queries: 3, keys: 130, ..options });
+    check_on::<f32>(Target::SM_89, 2, AttendOptions { mass: MassBy::Modality, ..options });
+    check_on::<f64>(Target::SM_89, 3, options);
+}
+
+/// As many modalities as a code tells apart, and some more than a tile's summary could name one by one.
+#[test]
+fn many_modalities_match_the_specification() {
+    let options = AttendOptions { layout: Layout::Interleaved, mass: MassBy::Modality, batch: 1, ..usual() };
+    for (modalities, combine) in [(5, Combine::Split), (6, Combine::Joint), (254, Combine::Joint)] {
+        check::<bf16>(1, AttendOptions { modalities, combine, ..options });
+    }
+    let options = AttendOptions { modalities: 254, layout: Layout::Middle, dim: 8, ..options };
+    check::<f32>(2, AttendOptions { queries: 4, keys: 300, heads: 1, ..options });
+    check::<f32>(3, AttendOptions { queries: 66, keys: 300, heads: 1, combine: Combine::Split, ..options });
 }
 
 /// Tiles of one modality each: nothing is looked up; pairs that the table forbids are skipped whole.

@@ -124,6 +124,32 @@ fn races_between_lanes() {
 }
 
 #[test]
+fn races_in_global_memory() {
+    found(
+        "both[t] = t; // HERE\n out[t] = both[63 - t];",
+        TWO_WARPS,
+        "is written, which warp 0 read since the last barrier",
+    );
+    found(
+        "if (t < 32) both[t] = 1; else\n out[t] = both[t - 32]; // HERE",
+        TWO_WARPS,
+        "is read, which warp 0 wrote since the last barrier",
+    );
+    found(
+        "out[t] = both[0]; if (t == 63)\n both[0] = 1; // HERE",
+        TWO_WARPS,
+        "is written, which several warps read since the last barrier",
+    );
+    found(
+        "both[t] = t;\n out[t] = both[t ^ 1]; // HERE",
+        WARP,
+        "is read, which lane 1 of the same warp wrote since the last __syncwarp",
+    );
+    fine("both[t] = t; __syncthreads(); out[t] = both[63 - t]; __syncthreads(); both[t] = 0;", TWO_WARPS);
+    fine("both[t] = t; __syncwarp(); out[t] = both[t ^ 1]; __syncwarp(); both[t] += both[t];", WARP);
+}
+
+#[test]
 fn races_between_blocks() {
     found("out[t] = blockIdx.x; // HERE", (2, 32, 0), "is written, which block 0 wrote in the same launch");
     found(

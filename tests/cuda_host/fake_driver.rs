@@ -15,11 +15,13 @@ const INVALID_VALUE: c_int = 1;
 const INVALID_IMAGE: c_int = 200;
 const INVALID_CONTEXT: c_int = 201;
 const NOT_FOUND: c_int = 500;
+const CAPTURE_UNSUPPORTED: c_int = 900;
 
 /// Two devices, each with a primary context of this address.
 const CONTEXTS: [usize; 2] = [0xC0, 0xC1];
 
 thread_local! { static CURRENT: Cell<usize> = const { Cell::new(0) }; }
+thread_local! { static MODE: Cell<c_int> = const { Cell::new(0) }; }
 
 /// Notes a call; its code, unless the test wants another.
 fn note(call: &str, arguments: &str, code: c_int) -> c_int {
@@ -95,10 +97,18 @@ extern "C" fn cuCtxSetCurrent(context: usize) -> c_int {
     note("cuCtxSetCurrent", &format!("{context:#x}"), 0)
 }
 
+/// The mode of a thread: at first 0, global.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuThreadExchangeStreamCaptureMode(mode: *mut c_int) -> c_int {
+    let wanted = unsafe { mode.read() };
+    unsafe { *mode = MODE.replace(wanted) };
+    note("cuThreadExchangeStreamCaptureMode", &wanted.to_string(), 0)
+}
+
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemHostAlloc(memory: *mut *mut c_void, bytes: usize, flags: c_uint) -> c_int {
     unsafe { *memory = alloc_zeroed(Layout::from_size_align(bytes, 4096).unwrap()).cast() };
-    note("cuMemHostAlloc", &format!("{bytes}, {flags}"), needs_context())
+    note("cuMemHostAlloc", &format!("{bytes}, {flags}"), needs_relaxation())
 }
 
 #[unsafe(no_mangle)]
@@ -111,12 +121,17 @@ fn needs_context() -> c_int {
     if CURRENT.get() == 0 { INVALID_CONTEXT } else { 0 }
 }
 
+/// As if another thread captured a graph all the time.
+fn needs_relaxation() -> c_int {
+    if MODE.get() == 2 { needs_context() } else { CAPTURE_UNSUPPORTED }
+}
+
 /// A module is its image; a function is a leaked (name, shared memory).
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuModuleLoadData(module: *mut *const u8, image: *const u8) -> c_int {
     let is_elf = unsafe { std::slice::from_raw_parts(image, 4) } == b"\x7fELF";
     unsafe { *module = image };
-    let code = if is_elf { needs_context() } else { INVALID_IMAGE };
+    let code = if is_elf { needs_relaxation() } else { INVALID_IMAGE };
     note("cuModuleLoadData", "", code)
 }
 

@@ -84,7 +84,7 @@ impl Warp {
     fn load(&mut self, block: &mut Block, lane: usize, (space, address): (Space, u64), into: &mut [u8]) -> Checked<()> {
         match space {
             Space::Shared => block.shared.load(self.thread(lane), address, into),
-            Space::Global | Space::Generic => block.global.load(address, into),
+            Space::Global | Space::Generic => block.global.load(block.shared.place(self.thread(lane)), address, into),
             Space::Param => {
                 let place = address as usize..(address as usize).saturating_add(into.len());
                 let found = block.parameters.get(place).ok_or_else(|| format!("parameter byte {address} is none"))?;
@@ -102,7 +102,7 @@ impl Warp {
     fn store(&mut self, block: &mut Block, lane: usize, (space, address): (Space, u64), from: &[u8]) -> Checked<()> {
         match space {
             Space::Shared => block.shared.store(self.thread(lane), address, from),
-            Space::Global | Space::Generic => block.global.store(address, from),
+            Space::Global | Space::Generic => block.global.store(block.shared.place(self.thread(lane)), address, from),
             Space::Param => Err("a parameter is written".to_owned()),
             Space::Local => {
                 let place = self.local_place(lane, address, from.len())?;
@@ -138,12 +138,13 @@ impl Warp {
             let count = valid.map_or(bytes, |valid| self.registers[valid][lane] as usize);
             let mut copied = vec![0; bytes];
             let (_, to) = resolve(Space::Shared, to);
+            let place = block.shared.place(self.thread(lane));
             let mut copy = || {
                 if count > bytes {
                     return Err(format!("{count} valid bytes of {bytes}"));
                 }
                 if count == bytes {
-                    block.global.load(from, &mut copied)?;
+                    block.global.load(place, from, &mut copied)?;
                 } else if count > 0 {
                     if from % bytes as u64 != 0 {
                         return Err(format!(
@@ -151,7 +152,7 @@ impl Warp {
                         ));
                     }
                     for (at, byte) in copied[..count].iter_mut().enumerate() {
-                        block.global.load(from + at as u64, std::slice::from_mut(byte))?;
+                        block.global.load(place, from + at as u64, std::slice::from_mut(byte))?;
                     }
                 }
                 block.shared.take_off(self.thread(lane), to, bytes)

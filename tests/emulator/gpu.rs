@@ -17,7 +17,11 @@ use std::time::Instant;
 
 /// Most shared memory that a block can ask for.
 fn most_shared(architecture: (u32, u32)) -> usize {
-    if architecture >= (9, 0) { 227 << 10 } else { 163 << 10 }
+    match architecture {
+        (8, 0 | 7) => 163 << 10,
+        (8 | 12, _) => 99 << 10,
+        _ => 227 << 10,
+    }
 }
 
 /// Numbers that a buffer can hold.

@@ -1,4 +1,6 @@
-//! Global memory: buffers that know their bounds, who may write them and what was written.
+//! Global memory: buffers that know their bounds, who may write them, what was written, and who touched it last.
+
+use super::touch::{Place, Touch};
 
 /// Every buffer begins in a span of addresses of its own, so that no offset leads from one into another.
 const SPAN: u32 = 36;
@@ -17,18 +19,16 @@ struct Buffer {
     bytes: Vec<u8>,
     written: Vec<bool>,
     writable: bool,
-    /// The block (numbered over all launches, from 1) that last wrote a byte, and that last read it; `MANY` after several.
-    writer: Vec<u32>,
-    reader: Vec<u32>,
+    /// How each byte was last written, and read.
+    writes: Vec<Touch>,
+    reads: Vec<Touch>,
 }
-
-const MANY: u32 = u32::MAX;
 
 /// All buffers of a device.
 #[derive(Default)]
 pub(crate) struct Global {
     buffers: Vec<Buffer>,
-    /// The block that runs, and the first one of its launch.
+    /// The block that runs, numbered over all launches from 1, and the first one of its launch.
     block: u32,
     first: u32,
 }
@@ -46,9 +46,9 @@ impl Global {
     }
 
     fn push(&mut self, name: &str, bytes: Vec<u8>, written: Vec<bool>, writable: bool) -> u64 {
-        let stamps = if writable { vec![0; bytes.len()] } else { Vec::new() };
-        let (writer, reader) = (stamps.clone(), stamps);
-        self.buffers.push(Buffer { name: name.to_owned(), bytes, written, writable, writer, reader });
+        let touches = if writable { vec![Touch::default(); bytes.len()] } else { Vec::new() };
+        let (writes, reads) = (touches.clone(), touches);
+        self.buffers.push(Buffer { name: name.to_owned(), bytes, written, writable, writes, reads });
         (self.buffers.len() as u64) << SPAN | START
     }
 
@@ -79,49 +79,40 @@ impl Global {
         Ok((at - 1, offset as usize))
     }
 
-    pub(crate) fn load(&mut self, address: u64, into: &mut [u8]) -> Checked<()> {
+    pub(crate) fn load(&mut self, place: Place, address: u64, into: &mut [u8]) -> Checked<()> {
         let (at, offset) = self.locate(address, into.len())?;
-        let (block, first) = (self.block, self.first);
+        let (now, first) = (Touch::new(self.block, place), self.first);
         let buffer = &mut self.buffers[at];
         let range = offset..offset + into.len();
         if !buffer.written[range.clone()].iter().all(|&written| written) {
             return Err(format!("byte {offset} of {} is read and was never written", buffer.name));
         }
         if buffer.writable {
-            for (writer, reader) in buffer.writer[range.clone()].iter().zip(&mut buffer.reader[range.clone()]) {
-                if *writer >= first && *writer != block {
-                    let other = writer - first;
-                    return Err(format!(
-                        "byte {offset} of {} is read, which block {other} wrote in the same launch",
-                        buffer.name
-                    ));
+            for (write, read) in buffer.writes[range.clone()].iter().zip(&mut buffer.reads[range.clone()]) {
+                if let Some(other) = write.clash(now, first, "wrote") {
+                    return Err(format!("byte {offset} of {} is read, which {other}", buffer.name));
                 }
-                *reader = if *reader >= first && *reader != block { MANY } else { block };
+                *read = read.and(now, first);
             }
         }
         into.copy_from_slice(&buffer.bytes[range]);
         Ok(())
     }
 
-    pub(crate) fn store(&mut self, address: u64, from: &[u8]) -> Checked<()> {
+    pub(crate) fn store(&mut self, place: Place, address: u64, from: &[u8]) -> Checked<()> {
         let (at, offset) = self.locate(address, from.len())?;
-        let (block, first) = (self.block, self.first);
+        let (now, first) = (Touch::new(self.block, place), self.first);
         let buffer = &mut self.buffers[at];
         if !buffer.writable {
             return Err(format!("byte {offset} of {} is written, which is an input", buffer.name));
         }
         let range = offset..offset + from.len();
-        for (writer, reader) in buffer.writer[range.clone()].iter_mut().zip(&buffer.reader[range.clone()]) {
-            for (other, what) in [(*writer, "wrote"), (*reader, "read")] {
-                if other >= first && other != block {
-                    let other = if other == MANY { "several".to_owned() } else { (other - first).to_string() };
-                    return Err(format!(
-                        "byte {offset} of {} is written, which block {other} {what} in the same launch",
-                        buffer.name
-                    ));
-                }
+        for (write, read) in buffer.writes[range.clone()].iter_mut().zip(&buffer.reads[range.clone()]) {
+            let clash = write.clash(now, first, "wrote").or_else(|| read.clash(now, first, "read"));
+            if let Some(other) = clash {
+                return Err(format!("byte {offset} of {} is written, which {other}", buffer.name));
             }
-            *writer = block;
+            *write = now;
         }
         buffer.written[range.clone()].fill(true);
         buffer.bytes[range].copy_from_slice(from);

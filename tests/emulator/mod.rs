@@ -10,7 +10,7 @@
 //! | `scan`, `parse`, `lower`, `lower_warp` | text to statements, kernels, instructions |
 //! | `instruction` | what a parsed kernel is made of |
 //! | `integer`, `float`, `half`, `convert`, `matrix` | arithmetic |
-//! | `memory`, `shared`, `access` | global and shared memory with their checks, and what a warp does with them |
+//! | `memory`, `touch`, `shared`, `access` | global and shared memory with their checks, and what a warp does with them |
 //! | `warp`, `collective`, `block` | lanes, their divergence, barriers |
 //! | `gpu` | buffers and launches: what tests use |
 
@@ -30,6 +30,7 @@ mod memory;
 mod parse;
 mod scan;
 mod shared;
+mod touch;
 mod warp;
 
 pub(crate) use gpu::{Fault, Gpu, Plain, Program, Shape, Source};

@@ -1,6 +1,7 @@
 //! The shared memory of a block, with the races between its warps.
 
 use super::memory::{Checked, number};
+use super::touch::Place;
 
 /// The first line of a race: who did what before, and what is done now.
 fn race(address: usize, before: &str, other: u32, now: &str) -> String {
@@ -62,6 +63,11 @@ impl Shared {
     /// The lanes of a warp have met.
     pub(crate) fn meet(&mut self, warp: u32) {
         self.meetings[warp as usize] += 1;
+    }
+
+    /// A thread, now.
+    pub(crate) fn place(&self, thread: Thread) -> Place {
+        Place { thread, phase: self.phase, meeting: self.meetings[thread.warp as usize] }
     }
 
     fn range(&self, address: u64, size: usize) -> Checked<std::ops::Range<usize>> {

@@ -57,10 +57,11 @@ ids = torch.zeros(1, 9, dtype=torch.int64)
 wide = torch.randn(1, 9, 2, 36)
 seen = []
 real = _native.cuda_attend_forward
-def spy(query, *rest):
+def spy(inputs, *rest):
+    query = inputs[0]
     seen.append(query.data_ptr() == first.data_ptr())
     assert query.stride(-1) == 1 and query.data_ptr() % 16 == 0 and query.shape[-1] % 8 == 0
-    return real(query, *rest)
+    return real(inputs, *rest)
 _native.cuda_attend_forward = spy
 whole = torch.randn(1, 2, 9, 32)
 for first in (
@@ -80,6 +81,22 @@ print(seen)
 
 def test_only_rows_that_kernels_cannot_read_are_copied():
     assert run(VIEWS) == ["[True, True, True, False, False, False, False]"]
+
+
+FLAT = """
+ids = torch.zeros(1, 9, dtype=torch.int64)
+def part(*shape):
+    return torch.randn(1 + torch.Size(shape).numel())[1:].view(shape)
+key, keep, mix, basis = part(1, 2, 9, 16), part(2, 16, 16), part(2, 16, 16), part(1, 2, 2, 16, 16)
+assert keep.is_contiguous() and keep.data_ptr() % 16
+inputs = (key, key, ids, keep, mix, "covariance", None, basis)
+print(tuple(call("duplex_align", *inputs, 1e-6)[0].shape))
+print(len(call("duplex_align_backward", *inputs, True, 1e-6, part(1, 2, 9, 16), part(1, 2, 2, 16, 16))))
+"""
+
+
+def test_tables_may_be_parts_of_a_flat_parameter():
+    assert run(FLAT) == ["(1, 2, 9, 16)", "5"]
 
 
 BAD = """
@@ -151,4 +168,4 @@ def test_a_host_tensor_is_no_cuda_tensor():
     ids = torch.zeros(1, 4, dtype=torch.int64)
     place = (0, lambda count: torch.empty(count, dtype=torch.uint8))
     with pytest.raises(ModaValueError, match="position is on device cpu; wanted cuda"):
-        _native.cuda_sink_forward(ids, ids, 4, torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1, 4), place)
+        _native.cuda_sink_forward((ids, ids, 4, torch.zeros(1, 1), torch.zeros(1, 1)), torch.zeros(1, 1, 4), place)

@@ -94,3 +94,28 @@ def test_autocast_takes_its_dtype(device: str):
     problem = {name: parity.moved(value, device) for name, value in problem.items()}
     with torch.autocast(device, dtype=torch.bfloat16):
         assert F.modular_attention(**problem).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", ["cuda"])
+def test_calls_stay_on_their_stream(device: str):
+    problem = attention_problem(replace(STAPLES[0], dim=64), torch.bfloat16)
+    problem = {name: parity.moved(value, device) for name, value in problem.items()}
+    truth = F.modular_attention(**problem)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)  # what is not on this stream runs long before its query is there
+        late = problem["query"].clone().mul_(1)
+        assert torch.equal(F.modular_attention(**{**problem, "query": late}), truth)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("device", ["cuda"])
+def test_another_device_than_the_current_one(device: str):
+    problem = attention_problem(replace(STAPLES[0], dim=64), torch.bfloat16)
+    first, second = (
+        {name: parity.moved(value, f"{device}:{index}") for name, value in problem.items()} for index in range(2)
+    )
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(F.modular_attention(**second).cpu(), F.modular_attention(**first).cpu())
+    assert torch.cuda.current_device() == 0

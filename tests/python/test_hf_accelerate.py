@@ -110,12 +110,12 @@ def test_a_model_that_is_offloaded_already(how: str, tmp_path: Path):
 def test_a_prepared_model_trains_and_can_be_unwrapped(precision: str):
     """With mixed precision `prepare` puts a forward of its own on the model."""
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
-    model = patched().train()
+    model, x = patched().train(), tiny.labelled("llava-llama", ["TTITTT", "TITTT"])
     optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if ".moda." in name], lr=0.1)
     ready, optimizer = accelerator.prepare(model, optimizer)
     losses = []
     for _ in range(3):
-        loss = ready(**X, labels=X["input_ids"]).loss
+        loss = ready(**x).loss
         accelerator.backward(loss)
         assert all(p.grad is not None for name, p in model.named_parameters() if ".moda." in name)
         optimizer.step()

@@ -80,7 +80,7 @@ def test_generation_equals_one_forward_beyond_the_window(pattern: str, cache: st
     expected = matrix.one_shot(model, x, tokens)
     assert difference(steps, expected) < matrix.TOLERANCE
     moda_attn.remove(model)
-    assert difference(steps, matrix.one_shot(model, x, tokens)) > 1
+    assert difference(steps, matrix.one_shot(model, x, tokens)) > 0.1
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -33,7 +33,7 @@ def test_generation_equals_one_full_forward(family: str):
     assert difference(steps, one_shot(model, x, tokens)) < TOLERANCE
     assert difference(steps, step_by_step(model, x, tokens)) < TOLERANCE
     moda_attn.remove(model)
-    assert difference(steps, one_shot(model, x, tokens)) > 1
+    assert difference(steps, one_shot(model, x, tokens)) > 0.1
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

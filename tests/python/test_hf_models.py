@@ -27,7 +27,7 @@ def test_forgetting_the_basis_would_be_noticed(family: str, monkeypatch: pytest.
     monkeypatch.setattr(seam, "remember", forget)
     model, x = matrix.patched(family), tiny.inputs(family, matrix.ROWS)
     tokens, steps = matrix.generated(model, x)
-    assert matrix.difference(steps, matrix.one_shot(model, x, tokens)) > 100 * matrix.TOLERANCE
+    assert matrix.difference(steps, matrix.one_shot(model, x, tokens)) > 20 * matrix.TOLERANCE
 
 
 @pytest.mark.parametrize("family", tiny.ALL)

@@ -76,8 +76,9 @@ def test_every_trainable_parameter_gets_a_gradient(checkpointing: bool | None):
 def test_a_trained_adapter_is_reloaded_and_trained_on(tmp_path: Path):
     model = trained()
     model.save_pretrained(tmp_path)
+    moda_attn.save_pretrained(model, tmp_path)  # beside it, for the configuration
     base = tiny.build()
-    moda_attn.apply(base)
+    moda_attn.load_pretrained(base, tmp_path)
     again = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
     assert torch.equal(logits(again), logits(model))
     assert steps(again.train(), 3) == steps(model.train(), 3)
@@ -166,6 +167,9 @@ def test_what_is_refused(tmp_path: Path):
     with pytest.raises(ModaValueError, match="is not patched; nothing to save"):
         moda_attn.save_pretrained(late, tmp_path)
     model = wrapped()
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModaValueError, match=r"holds no moda_config.json; it is an adapter of PEFT"):
+        moda_attn.load_pretrained(tiny.build(), tmp_path / "adapter")
     with pytest.raises(ModaValueError, match="merge or unload its adapter first"):
         moda_attn.remove(model.get_base_model())
     moda_attn.remove(model.unload())

@@ -12,7 +12,7 @@ import moda_attn
 import tiny
 from moda_attn import ModaConfig
 from moda_attn.errors import ModaRuntimeError, ModaValueError
-from moda_attn.hf import FAMILIES
+from moda_attn.hf import FAMILIES, Family
 from moda_attn.hf.structure import find_structure
 from tiny_configs import TEXT, VISION
 
@@ -92,6 +92,30 @@ def test_an_unknown_model_without_ids_raises():
             call(**X)
     with pytest.raises(ModaRuntimeError, match="without modality ids"):
         model.model(**X)
+
+
+def test_a_family_can_be_made_known(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(5)
+    vision = {"model_type": "siglip_vision_model", **VISION, "image_size": 16, "patch_size": 4}
+    config = hf.Cohere2VisionConfig(
+        vision_config=vision,
+        text_config={"model_type": "cohere2", **TEXT},
+        downsample_factor=2,
+        image_token_id=tiny.IMAGE,
+    )
+    model = hf.Cohere2VisionForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, *[tiny.IMAGE] * 4, 6, 7]])
+    x = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 16, 16)}
+    moda_attn.apply(model)
+    with pytest.raises(ModaValueError, match=r"or name its placeholders in moda_attn\.hf\.FAMILIES"):
+        model(**x)
+    moda_attn.remove(model)
+    monkeypatch.setitem(FAMILIES, "cohere2_vision", Family("Cohere2VisionForConditionalGeneration"))
+    moda_attn.apply(model)
+    tiny.randomise(model)
+    expected = matrix.logits(model, x | {"modality_ids": (ids == tiny.IMAGE).long()})
+    assert torch.equal(matrix.logits(model, x), expected)
+    assert matrix.difference(matrix.logits(model, x | {"modality_ids": torch.zeros_like(ids)}), expected) > 1e-3
 
 
 def test_labels_of_whole_rows_do_not_mark_a_prompt():

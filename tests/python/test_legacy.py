@@ -51,7 +51,7 @@ def test_alignment_starts_as_the_identity_exactly(name: str, implementation: str
     moda_attn.apply(model, ALIGN_ONLY, attention="moda")
     assert difference(logits(model, **x)[modality >= 0], plain[modality >= 0]) < 1e-4
     randomise(model)
-    assert difference(logits(model, **x)[modality >= 0], plain[modality >= 0]) > 1
+    assert difference(logits(model, **x)[modality >= 0], plain[modality >= 0]) > 0.1
 
 
 def test_the_kernel_stands_in_for_flash_attention(name: str):

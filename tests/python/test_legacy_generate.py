@@ -47,7 +47,7 @@ def test_generation_equals_one_full_forward(name: str, config: ModaConfig):
     assert difference(steps, one_shot(model, name, ROWS, "left", out.sequences)) < TOLERANCE
     assert difference(steps, step_by_step(model, name, ROWS, "left", out.sequences)) < TOLERANCE
     moda_attn.remove(model)
-    assert difference(steps, one_shot(model, name, ROWS, "left", out.sequences)) > 1
+    assert difference(steps, one_shot(model, name, ROWS, "left", out.sequences)) > 0.1
 
 
 @pytest.mark.parametrize("pad", PADS)

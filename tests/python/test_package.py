@@ -31,6 +31,21 @@ def test_every_public_name_exists(name: str):
     assert name in dir(moda_attn)
 
 
+def test_a_missing_library_is_named_with_what_brings_it():
+    code = (
+        "import sys, moda_attn\n"
+        "for library, name in (('torch', 'functional'), ('torch', 'apply'), ('numpy', 'numpy')):\n"
+        "    sys.modules[library] = None\n"
+        "    try: getattr(moda_attn, name)\n"
+        "    except ImportError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        f'moda_attn.{name} needs {library}, which is not installed: pip install {library} or "moda-attn[{library}]"'
+        for library, name in (("torch", "functional"), ("torch", "apply"), ("numpy", "numpy"))
+    ]
+
+
 def test_unknown_names():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         moda_attn.nothing  # noqa: B018

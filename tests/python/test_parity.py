@@ -27,15 +27,9 @@ DIMS = (*range(8, 161, 8), 9, 12, 20, 33, 50, 63, 65, 100, 129, 150, 159)
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("length", NOTABLE)
 def test_attention_at_notable_lengths(length: int, is_causal: bool, combine: str, dtype: torch.dtype, device: str):
-    options = {"is_causal": is_causal, "combine": combine, "sink": "plain", "bias": "plain"}
-    case = Case(length=length, heads=2 if length > 500 else 8, modalities=3, padding="left", dim=40, **options)
-    problem = attention_problem(case, dtype)
-    # How a few heads in float32 compare with eager is luck: a few problems are taken together.
-    beside_eager = length >= 63 and dtype != torch.float32
-    check("modular_attention", problem, dtype, beside_eager=beside_eager, device=device, return_mass=True)
-    if length >= 63 and dtype == torch.float32:
-        several = [attention_problem(replace(case, seed=seed), dtype) for seed in range(4)]
-        assert_as_good_as_eager("modular_attention", several, device=device, return_mass=True)
+    case = Case(length=length, heads=2 if length > 500 else 8, modalities=3, padding="left", dim=40)
+    case = replace(case, is_causal=is_causal, combine=combine)
+    check_at_length("modular_attention", case, dtype, device=device, return_mass=True)
 
 
 @pytest.mark.parametrize("device", parity.DEVICES)
@@ -44,7 +38,18 @@ def test_attention_at_notable_lengths(length: int, is_causal: bool, combine: str
 @pytest.mark.parametrize("length", NOTABLE)
 def test_alignment_at_notable_lengths(length: int, kind: str, dtype: torch.dtype, device: str):
     case = Case(length=length, batch=2, kv_heads=2, modalities=3, padding="left", dim=64, kind=kind, context="prompt")
-    check("duplex_align", align_problem(case, dtype), dtype, beside_eager=length >= 63, device=device)
+    check_at_length("duplex_align", case, dtype, device=device)
+
+
+def check_at_length(name: str, case: Case, dtype: torch.dtype, **options: Any) -> None:
+    """Beside eager torch too, from 63 tokens on. How one problem in float32 compares with it is luck: take several."""
+    problem_of = attention_problem if name == "modular_attention" else align_problem
+    beside_eager = case.length >= 63
+    check(name, problem_of(case, dtype), dtype, beside_eager=beside_eager and dtype != torch.float32, **options)
+    if beside_eager and dtype == torch.float32:
+        count = 4 if case.length > 500 else 16
+        several = [problem_of(replace(case, seed=seed), dtype) for seed in range(count)]
+        assert_as_good_as_eager(name, several, **options)
 
 
 def assorted(rows: str, count: int = 80) -> Iterator[Case]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import INTEGERS
 from ..config import PADDING, TEXT, VIDEO, VISION
 from ..errors import ModaTypeError, ModaValueError
 from .memory import is_filled
@@ -106,7 +107,7 @@ def _modality(arguments: Mapping[str, Any], tokens: MediaTokens) -> Tensor:
     elif tokens.image is None and not is_filled(arguments.get("past_key_values")):
         raise ModaValueError(
             "this model is of no family whose placeholders are known: give modality_ids (B, N), 0 text and 1 vision, "
-            "to forward or generate"
+            "to forward or generate, or name its placeholders in moda_attn.hf.FAMILIES"
         )
     else:
         modality = _from_placeholders(arguments, ids, tokens)
@@ -119,8 +120,10 @@ def _explicit_modality(arguments: Mapping[str, Any], tokens: MediaTokens) -> Ten
     for name, given in (("modality_ids", ids), ("mm_token_type_ids", kinds)):
         if given is not None and not isinstance(given, Tensor):
             raise ModaTypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+        if given is not None and given.dtype not in INTEGERS:
+            raise ModaTypeError(f"{name} has dtype {given.dtype}; wanted integers, 0 text and 1 vision")
     if ids is not None or kinds is None:
-        return ids
+        return ids if ids is None or ids.dtype.is_signed else ids.long()  # room for the -1 of padding
     new = arguments.get("input_ids")
     if new is not None and new.shape != kinds.shape and is_filled(arguments.get("past_key_values")):
         # `generate` of some releases hands the prompt's on with every token: what is new is text.
@@ -130,7 +133,7 @@ def _explicit_modality(arguments: Mapping[str, Any], tokens: MediaTokens) -> Ten
 
 def from_processor(kinds: Tensor, tokens: MediaTokens) -> Tensor:
     """The modality ids that a processor's ``mm_token_type_ids`` mean, where video is 2 whatever the configuration."""
-    return torch.where(kinds == VIDEO, tokens.video_modality, kinds)
+    return torch.where(kinds == VIDEO, tokens.video_modality, kinds.long())
 
 
 def _from_placeholders(arguments: Mapping[str, Any], ids: Tensor, tokens: MediaTokens) -> Tensor:

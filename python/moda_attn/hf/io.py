@@ -219,7 +219,9 @@ def _find_files(path: str | os.PathLike[str], revision: str | None, token: str |
         return _download(os.fspath(path), revision, token)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise ModaValueError(f"{folder} holds no {name}")
+            hint = "; it is an adapter of PEFT: apply as it was trained, then PeftModel.from_pretrained"
+            is_adapter = (folder / "adapter_config.json").is_file()
+            raise ModaValueError(f"{folder} holds no {name}{hint if is_adapter else ''}")
     return folder / CONFIG_FILE, folder / WEIGHTS_FILE
 
 

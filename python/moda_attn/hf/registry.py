@@ -30,7 +30,7 @@ class Family:
     """One family of models.
 
     Attributes:
-        model: name of the model class.
+        model: name of the model class, for people.
         image, video: names of the placeholders' ids in the configuration; None where the family has none.
         video_span: names of the ids around a video whose frames use the placeholder of images.
         first_position: the position of a row's first real token; None where the model counts positions by itself, in
@@ -58,7 +58,7 @@ class Family:
 UNKNOWN = Family("", image=None, first_position=None)
 
 _VIDEO = "video_token_id"
-#: The rows, by `model_type` of the configuration.
+#: The rows, by `model_type` of the configuration. A row that is added here makes its family known.
 FAMILIES = {
     "aya_vision": Family("AyaVisionForConditionalGeneration"),
     "gemma3": Family("Gemma3ForConditionalGeneration"),

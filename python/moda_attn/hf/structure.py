@@ -121,7 +121,8 @@ def find_structure(model: object) -> Structure:
         if not _takes_keywords(model.get_submodule(owner)):
             raise ModaValueError(
                 f"{name} is not supported: the forward of {owner or name} takes no further keyword arguments, "
-                "in which modality ids could reach the layers"
+                "in which modality ids could reach the layers; let it take and hand on **kwargs, or apply to the model "
+                "inside"
             )
     return Structure(path, stack, attention, eligible, skipped, _owners(model, path), _text_config(model, path))
 

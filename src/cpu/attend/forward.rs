@@ -2,7 +2,7 @@
 
 use super::decode;
 use super::finish::Finish;
-use super::mask::{Block, Content, Part, Row, Tables};
+use super::mask::{Block, Content, Part, Tables};
 use super::mass::{Masses, Scored};
 use super::plan::{KEYS, ROWS, RowBlock, Sizes, row_blocks};
 use super::rows::{RowInfo, Tile, common, holds, infos, key_blocks, tiles};
@@ -10,11 +10,12 @@ use crate::cpu::buffer::Buffer;
 use crate::cpu::dot::Dot;
 use crate::cpu::kernel::gemm::{Left, Right, Size, Target};
 use crate::cpu::kernel::pack;
-use crate::cpu::kernel::softmax::{Added, Running, Span, clear_left, follow, settle, split_sum};
+use crate::cpu::kernel::softmax::{self, Added, Running, Span, split_sum};
 use crate::cpu::simd::{Simd, Task};
 use crate::cpu::{CpuReal, parallel};
 use crate::dtype::{Element, Real};
 use crate::error::Result;
+use crate::ids::PADDING;
 use crate::problem::{AttendOutputs, AttendProblem, MassBy};
 use std::ops::Range;
 
@@ -98,8 +99,11 @@ struct Worker<'a, D: Dot, T: Element<Acc = D::Real>> {
     result: Buffer<D::Real>,
     tables: Tables<D::Real>,
     infos: Vec<RowInfo>,
-    /// The keys that all of them see.
+    /// The keys that each of them may see, and that all of them see.
+    keys: Vec<Range<usize>>,
     common: Range<usize>,
+    /// How many rows from each on have its head and modality.
+    alike: Vec<usize>,
     running: Vec<Running<D::Real>>,
     masses: Masses<D::Real>,
     /// A row's probabilities for a block of keys before they were rounded to an operand, for its mass.
@@ -126,7 +130,9 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             result: Buffer::new((sizes.parts - 1) * rows * sizes.stride, "a block of outputs")?,
             tables: Tables::new(&sizes)?,
             infos: Vec::with_capacity(rows),
+            keys: Vec::with_capacity(rows),
             common: 0..0,
+            alike: Vec::with_capacity(rows),
             running: Vec::with_capacity(rows),
             masses: Masses::new(rows, if mass == Some(MassBy::Modality) { sizes.modalities } else { 0 })?,
             numbers: Buffer::new(if D::DEPTH > 1 { KEYS } else { 0 }, "a row of probabilities")?,
@@ -188,7 +194,13 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         let (problem, s) = (self.problem, self.d.simd());
         self.infos.clear();
         self.infos.extend(infos(problem, &self.sizes, block, [b, h]));
+        self.keys.clear();
+        self.keys.extend(self.infos.iter().map(|info| info.first..info.visible));
         self.common = common(&self.infos);
+        self.alike.clear();
+        for run in self.infos.chunk_by(|a, b| a.row == b.row) {
+            self.alike.extend((1..=run.len()).rev());
+        }
         for (row, info) in self.infos.iter().enumerate() {
             // SAFETY: the buffer holds every row of a block.
             unsafe {
@@ -226,26 +238,9 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         let tiles: Vec<Tile> = tiles(self.d.simd(), &self.infos, &range, whole).collect();
         for Tile { rows, keys: near } in tiles {
             self.scores(&range, rows.clone(), &near);
-            // Rows of one head and modality follow each other.
-            let mut last: Option<(Row, Added<D::Real>)> = None;
-            for row in rows.clone() {
-                let info = self.infos[row];
-                let seen = info.sees(&range);
-                if seen.is_empty() {
-                    // SAFETY: the row's scores hold a whole block of keys.
-                    unsafe {
-                        let scores = self.scores.as_mut_ptr().add(row * score_stride + near.start);
-                        clear_left(self.d, scores, 0, near.len());
-                    }
-                } else {
-                    let added = match last {
-                        Some((of, added)) if of == info.row => added,
-                        // SAFETY: tables are of a whole block of keys.
-                        _ => unsafe { self.tables.added(self.problem, keys, info.row).after(near.start) },
-                    };
-                    last = Some((info.row, added));
-                    self.row((keys, added), &range, row, [&seen, &near]);
-                }
+            let mut next = rows.start;
+            while next < rows.end {
+                next = self.softmax(keys, &range, next..rows.end, &near);
             }
             let size = Size { rows: rows.len(), vectors, depth: near.len().div_ceil(D::DEPTH) };
             // SAFETY: the tile's probabilities for the keys `near`, those keys' values, and the tile's sums.
@@ -276,57 +271,59 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         }
     }
 
-    /// The softmax of one row over the keys `seen` of a block; the others of the keys `near` get probability 0.
+    /// The softmax over the keys `near` of a block, for the first of some rows: those whose head and modality is the same.
+    /// Returns the first row that is left.
     #[inline(always)]
-    fn row(
-        &mut self,
-        (keys, added): (Block<'_>, Added<D::Real>),
-        range: &Range<usize>,
-        row: usize,
-        [seen, near]: [&Range<usize>; 2],
-    ) {
+    fn softmax(&mut self, keys: Block<'_>, range: &Range<usize>, rows: Range<usize>, near: &Range<usize>) -> usize {
         let Sizes { stride, score_stride, vectors, .. } = self.sizes;
-        // SAFETY: a row of the block, from the first key it reaches on.
-        let scores = unsafe { self.scores.as_mut_ptr().add(row * score_stride + near.start) };
+        let of = self.infos[rows.start].row;
+        // Mass is added row by row.
+        let end = if self.mass.is_some() { rows.start + 1 } else { rows.end.min(rows.start + self.alike[rows.start]) };
+        // SAFETY: tables are of a whole block of keys, of which `near` is a part; padding sees none of them.
+        let added = match of.modality {
+            PADDING => Added::Same(D::Real::NEG_INFINITY),
+            _ => unsafe { self.tables.added(self.problem, keys, of).after(near.start) },
+        };
         let numbers = (D::DEPTH > 1 && self.mass.is_some()).then(|| self.numbers.as_mut_ptr());
-        let span = Span {
-            scores,
-            factor: self.problem.scale * D::Real::LOG2_E,
-            added,
-            numbers,
-            first: seen.start - near.start,
-            visible: seen.end - near.start,
-            reach: near.len(),
-        };
-        let Running { seen: seen_before, top: before, .. } = self.running[row];
-        // SAFETY: scores and tables of a whole block of keys.
-        // No closures here: one of this size would be compiled as a function without the instructions.
-        let mut standing = None;
-        if seen_before {
-            // SAFETY: scores and tables of a whole block of keys.
-            standing = unsafe { follow(self.d, span, &mut self.running[row]) };
-            if standing.is_none() {
-                self.scores(range, row..row + 1, near);
-            }
-        }
-        let total = if let Some(total) = standing {
-            total
-        } else {
-            // SAFETY: as above, and the row's sums.
-            unsafe {
-                let sums = self.sums.as_mut_ptr().add(row * stride);
-                settle(self.d, span, &mut self.running[row], (sums, vectors))
-            }
-        };
-        if let Some(by) = self.mass {
-            let scored = Scored {
-                tops: [before, self.running[row].top],
-                total,
-                probabilities: numbers.unwrap_or(scores).cast_const(),
-                from: near.start,
-                count: span.visible,
+        let (mut row, mut far) = (rows.start, false);
+        loop {
+            let before = self.running[row].top;
+            // SAFETY: scores and sums of existing rows, the scores from the first key that they reach on.
+            let (scores, sums) = unsafe {
+                (self.scores.as_mut_ptr().add(row * score_stride + near.start), self.sums.as_mut_ptr().add(row * stride))
             };
-            self.add_mass(by, keys, row, scored);
+            let factor = self.problem.scale * D::Real::LOG2_E;
+            let span = Span { scores, factor, added, numbers, first: 0, visible: 0, reach: near.len() };
+            let (done, total) = self.d.enter(softmax::Rows {
+                d: self.d,
+                span,
+                score_stride,
+                from: range.start + near.start,
+                keys: &self.keys[row..end],
+                running: &mut self.running[row..end],
+                sums,
+                sum_stride: stride,
+                vectors,
+                far,
+            });
+            row += done;
+            if row < end {
+                self.scores(range, row..row + 1, near);
+                far = true;
+                continue;
+            }
+            let visible = self.infos[rows.start].sees(range).end;
+            if let (Some(by), 1..) = (self.mass, visible) {
+                let scored = Scored {
+                    tops: [before, self.running[rows.start].top],
+                    total,
+                    probabilities: numbers.unwrap_or(scores).cast_const(),
+                    from: near.start,
+                    count: visible - near.start,
+                };
+                self.add_mass(by, keys, rows.start, scored);
+            }
+            return end;
         }
     }
 

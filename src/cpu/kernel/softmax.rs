@@ -4,9 +4,9 @@
 //! the maximum need not be exact: it must only be near enough that nothing overflows ([`follow`]). Where the sum of a
 //! block shows that it is not, the caller computes the scores again and the maximum moves ([`settle`]).
 
-use super::exp2::{exp2, exp2_one};
+use super::exp2::{exp2_by, exp2_one};
 use crate::cpu::dot::Dot;
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Simd, Task};
 use crate::dtype::Real;
 use std::ops::Range;
 
@@ -98,30 +98,100 @@ impl<R: Real> Running<R> {
     }
 }
 
-/// Turns a block of scores into probabilities relative to the maximum as it stands; returns their sum. `None` where the
-/// maximum is too far below them; the scores are lost then.
-///
-/// # Safety
-/// `scores`, and what `added` and `numbers` point at, must be valid for `reach` rounded up to whole registers.
-#[inline(always)]
-pub(crate) unsafe fn follow<D: Dot>(d: D, span: Span<D::Real>, running: &mut Running<D::Real>) -> Option<D::Real> {
-    // SAFETY: the same contract.
-    let total = unsafe { weigh(d, span, running.top) };
-    // A NaN is no reason to try again.
-    if total > D::Real::from_f64(FAR) {
-        return None;
-    }
-    running.total += total;
-    Some(total)
+/// The softmax of some rows over one key block: rows that the mask adds the same to. A task, and so a function of its own:
+/// its constants stay in registers, which they do not in the midst of everything else that a block takes.
+pub(crate) struct Rows<'r, D: Dot> {
+    pub(crate) d: D,
+    /// Of the first row; which of its keys are visible is left to `keys`.
+    pub(crate) span: Span<D::Real>,
+    /// From one row's scores to the next one's.
+    pub(crate) score_stride: usize,
+    /// The first key of the span.
+    pub(crate) from: usize,
+    /// The keys that each row may see.
+    pub(crate) keys: &'r [Range<usize>],
+    pub(crate) running: &'r mut [Running<D::Real>],
+    /// The rows' weighted sums so far, `vectors` registers each.
+    pub(crate) sums: *mut D::Real,
+    pub(crate) sum_stride: usize,
+    pub(crate) vectors: usize,
+    /// Whether the first row's maximum is known to be too far below its scores.
+    pub(crate) far: bool,
 }
 
-/// As [`follow`], with the maximum raised to the block's first where that is higher. The row's weighted sum so far,
-/// `vectors` registers at `sums`, is rescaled with it.
+impl<D: Dot> Task for Rows<'_, D> {
+    /// How many rows are done, and the sum of the last one's probabilities. Where that is not all of them, the maximum of the
+    /// next row is too far below its scores, which are lost.
+    type Output = (usize, D::Real);
+
+    #[inline(always)]
+    fn run(self) -> (usize, D::Real) {
+        match self.span.added {
+            Added::Same(_) => self.weigh::<false>(),
+            Added::Each(_) => self.weigh::<true>(),
+        }
+    }
+}
+
+impl<D: Dot> Rows<'_, D> {
+    #[inline(always)]
+    fn weigh<const EACH: bool>(self) -> (usize, D::Real) {
+        let far = D::Real::from_f64(FAR);
+        let mut total = D::Real::ZERO;
+        for (row, (keys, running)) in self.keys.iter().zip(self.running).enumerate() {
+            // SAFETY: whoever made this vouches for every row's scores and sums.
+            unsafe {
+                let scores = self.span.scores.add(row * self.score_stride);
+                let first = keys.start.saturating_sub(self.from);
+                let visible = keys.end.saturating_sub(self.from).min(self.span.reach);
+                let span = Span { scores, first, visible, ..self.span };
+                if first >= visible {
+                    clear_left(self.d, scores, 0, span.reach);
+                } else if running.seen && !(self.far && row == 0) {
+                    total = weigh::<D, EACH>(self.d, span, running.top);
+                    // A NaN is no reason to try again.
+                    if total > far {
+                        return (row, total);
+                    }
+                    running.total += total;
+                } else {
+                    let sums = self.sums.add(row * self.sum_stride);
+                    total = settle_with::<D, EACH>(self.d, span, running, (sums, self.vectors));
+                }
+            }
+        }
+        (self.keys.len(), total)
+    }
+}
+
+/// Turns a block of scores into probabilities relative to the running maximum, which is raised to the block's first where
+/// that is higher; returns their sum. The row's weighted sum so far, `vectors` registers at `sums`, is rescaled with it.
 ///
 /// # Safety
-/// As [`follow`]; `sums` must be valid for `vectors` registers.
+/// `scores`, and what `added` and `numbers` point at, must be valid for `reach` rounded up to whole registers, `sums` for
+/// `vectors` registers.
 #[inline(always)]
 pub(crate) unsafe fn settle<D: Dot>(
+    d: D,
+    span: Span<D::Real>,
+    running: &mut Running<D::Real>,
+    sums: (*mut D::Real, usize),
+) -> D::Real {
+    // SAFETY: the same contract.
+    unsafe {
+        match span.added {
+            Added::Same(_) => settle_with::<D, false>(d, span, running, sums),
+            Added::Each(_) => settle_with::<D, true>(d, span, running, sums),
+        }
+    }
+}
+
+/// [`settle`], `EACH` where what is added differs from key to key.
+///
+/// # Safety
+/// As [`settle`].
+#[inline(always)]
+unsafe fn settle_with<D: Dot, const EACH: bool>(
     d: D,
     span: Span<D::Real>,
     running: &mut Running<D::Real>,
@@ -129,7 +199,7 @@ pub(crate) unsafe fn settle<D: Dot>(
 ) -> D::Real {
     let s = d.simd();
     // SAFETY: the same contract.
-    let tops = unsafe { highest(s, span) };
+    let tops = unsafe { highest::<D::Simd, EACH>(s, span) };
     let top = s.largest(tops);
     if top == D::Real::NEG_INFINITY {
         // `largest` may lose a NaN beside lanes that are hidden; their sum cannot. Such a row is NaN, not unseen.
@@ -164,7 +234,7 @@ pub(crate) unsafe fn settle<D: Dot>(
         }
     }
     // SAFETY: the same contract.
-    let total = unsafe { weigh(d, span, running.top) };
+    let total = unsafe { weigh::<D, EACH>(d, span, running.top) };
     running.total += total;
     total
 }
@@ -172,21 +242,15 @@ pub(crate) unsafe fn settle<D: Dot>(
 /// The highest score of every lane, minus infinity where there is none.
 ///
 /// # Safety
-/// As [`follow`].
+/// As [`settle`].
 #[inline(always)]
-unsafe fn highest<S: Simd>(s: S, span: Span<S::Real>) -> S::Vector {
+unsafe fn highest<S: Simd, const EACH: bool>(s: S, span: Span<S::Real>) -> S::Vector {
     let hidden = s.splat(S::Real::NEG_INFINITY);
-    let factor = s.splat(span.factor);
+    let relative = Relative::new(s, &span, S::Real::ZERO);
     let mut top = hidden;
     for at in (span.start(s)..span.visible).step_by(S::LANES) {
         // SAFETY: registers that begin below `visible`.
-        let x = unsafe {
-            let added = match span.added {
-                Added::Same(added) => s.splat(added),
-                Added::Each(added) => s.load(added.add(at)),
-            };
-            s.mul_add(s.load(span.scores.add(at)), factor, added)
-        };
+        let x = unsafe { relative.score::<S, EACH>(s, &span, at) };
         top = s.max(top, span.visible_of(s, at, x, hidden));
     }
     top
@@ -195,50 +259,32 @@ unsafe fn highest<S: Simd>(s: S, span: Span<S::Real>) -> S::Vector {
 /// Probabilities relative to `top` in place of the scores, and their sum.
 ///
 /// # Safety
-/// As [`follow`].
+/// As [`settle`].
 #[inline(always)]
-unsafe fn weigh<D: Dot>(d: D, span: Span<D::Real>, top: D::Real) -> D::Real {
-    // SAFETY: the same contract.
-    unsafe {
-        match span.added {
-            Added::Same(_) => weigh_with::<D, false>(d, span, top),
-            Added::Each(_) => weigh_with::<D, true>(d, span, top),
-        }
-    }
-}
-
-/// [`weigh`], `EACH` where what is added differs from key to key.
-///
-/// # Safety
-/// As [`follow`].
-#[inline(always)]
-unsafe fn weigh_with<D: Dot, const EACH: bool>(d: D, span: Span<D::Real>, top: D::Real) -> D::Real {
+unsafe fn weigh<D: Dot, const EACH: bool>(d: D, span: Span<D::Real>, top: D::Real) -> D::Real {
     let s = d.simd();
     let lanes = D::Simd::LANES;
-    let same = if let Added::Same(added) = span.added { added } else { D::Real::ZERO };
-    let relative = Relative { factor: s.splat(span.factor), top: s.splat(top), same: s.splat(same) };
+    let relative = Relative::new(s, &span, top);
     let start = span.start(s);
     let mut total = s.zero();
-    // Registers of which all keys are visible lie between the two that may be at the edges.
-    let inner = span.first.next_multiple_of(lanes)..span.visible / lanes * lanes;
     let mut at = start;
-    while at < span.visible {
-        // SAFETY: registers that begin below `visible`.
-        unsafe {
-            if at < inner.start || at >= inner.end {
-                total = s.add(total, weigh_register::<D, EACH, true>(d, span, &relative, at));
-                at += lanes;
-            }
-            while at >= inner.start && at < inner.end {
-                total = s.add(total, weigh_register::<D, EACH, false>(d, span, &relative, at));
-                at += lanes;
-            }
-        }
-    }
-    // SAFETY: the same contract.
+    // SAFETY: registers that begin below `visible`; then the same contract.
     unsafe {
+        // The first register and the last may hold keys that are not visible.
+        if start < span.first {
+            total = s.add(total, weigh_register::<D, EACH, true>(d, span, &relative, at));
+            at += lanes;
+        }
+        while at + lanes <= span.visible {
+            total = s.add(total, weigh_register::<D, EACH, false>(d, span, &relative, at));
+            at += lanes;
+        }
+        if at < span.visible {
+            total = s.add(total, weigh_register::<D, EACH, true>(d, span, &relative, at));
+            at += lanes;
+        }
         clear_left(d, span.scores, 0, start);
-        clear_left(d, span.scores, span.visible.next_multiple_of(lanes), span.reach);
+        clear_left(d, span.scores, at, span.reach);
         if let Some(numbers) = span.numbers {
             clear(s, numbers, 0, start);
         }
@@ -253,10 +299,37 @@ struct Relative<V> {
     same: V,
 }
 
+impl<V> Relative<V> {
+    #[inline(always)]
+    fn new<S: Simd<Vector = V>>(s: S, span: &Span<S::Real>, top: S::Real) -> Self {
+        let same = if let Added::Same(added) = span.added { added } else { S::Real::ZERO };
+        Self { factor: s.splat(span.factor), top: s.splat(top), same: s.splat(same) }
+    }
+
+    /// The scores of one register of keys, in log2 units.
+    ///
+    /// # Safety
+    /// As [`settle`]; the register must begin below `visible`.
+    #[inline(always)]
+    unsafe fn score<S: Simd<Vector = V>, const EACH: bool>(&self, s: S, span: &Span<S::Real>, at: usize) -> V
+    where
+        V: Copy,
+    {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let added = match span.added {
+                Added::Each(added) if EACH => s.load(added.add(at)),
+                _ => self.same,
+            };
+            s.mul_add(s.load(span.scores.add(at)), self.factor, added)
+        }
+    }
+}
+
 /// The probabilities of one register of keys, `EDGE` where some of them may not be visible, in place of their scores.
 ///
 /// # Safety
-/// As [`follow`]; the register must begin below `visible`.
+/// As [`settle`]; the register must begin below `visible`.
 #[inline(always)]
 unsafe fn weigh_register<D: Dot, const EACH: bool, const EDGE: bool>(
     d: D,
@@ -268,13 +341,9 @@ unsafe fn weigh_register<D: Dot, const EACH: bool, const EDGE: bool>(
     // SAFETY: the caller's contract. Probabilities take no more room than the scores they come from, and what is before
     // them is cleared last.
     unsafe {
-        let added = match span.added {
-            Added::Each(added) if EACH => s.load(added.add(at)),
-            _ => relative.same,
-        };
         // Subtracted last: near the maximum that is exact, while a sum with the mask rounds for the whole row.
-        let x = s.sub(s.mul_add(s.load(span.scores.add(at)), relative.factor, added), relative.top);
-        let mut p = exp2(s, x);
+        let x = s.sub(relative.score::<D::Simd, EACH>(s, &span, at), relative.top);
+        let mut p = exp2_by(s, D::EXP2, x);
         if EDGE {
             p = span.visible_of(s, at, p, s.zero());
         }

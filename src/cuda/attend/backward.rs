@@ -1,6 +1,6 @@
 //! The plan of backward: delta and d sink, then dK and dV by blocks of keys, dQ by blocks of queries, d bias from its row sums.
 
-use super::inputs::{AttendInputs, Prepared, defines, fits, tile_bytes};
+use super::inputs::{AttendInputs, Prepared, defines, fits, fitting, tile_bytes};
 use super::rows::{self, Pass, RowsParams};
 use crate::cuda::launch::{Kernel, Launch, Parameters, blocks};
 use crate::cuda::problem::{AttendGradients, AttendProblem, AttendUpstream, arithmetic};
@@ -211,12 +211,13 @@ fn keys(
         DType::Float32 => (if dim <= 128 { 4 } else { 2 }, 32, 128),
         _ => (4, 64, 128),
     };
-    let shared = |stages: usize| {
+    let shared = |stages: usize, queries: usize| {
         let numbers = 2 * stages * parts * queries * arithmetic(dtype).size();
         tile_bytes(2 * (16 * warps + stages * queries), dtype, dim) + numbers
     };
-    let two_stages = dtype.size() == 2 && dim <= 128 && shared(2) <= problem.target.shared_limit as usize;
+    let two_stages = dtype.size() == 2 && dim <= 128 && shared(2, queries) <= problem.target.shared_limit as usize;
     let stages = if two_stages { 2 } else { 1 };
+    let queries = fitting(problem, queries, |queries| shared(stages, queries));
     let params = KeysParams {
         inputs,
         out_gradient: upstream.out_gradient.pointer,
@@ -243,7 +244,7 @@ fn keys(
                 kernel: Kernel { source: Source::AttendKeys, entry: "attend_keys", defines },
                 grid: [(b * hkv) as u32, blocks(nk, 16 * warps), 1],
                 block: 32 * warps as u32,
-                shared: shared(stages) as u32,
+                shared: shared(stages, queries) as u32,
                 params: params.bytes(),
             },
         )?);

@@ -1,6 +1,6 @@
 //! The plan of forward: one kernel over blocks of query rows, or over shares of the keys where the queries are few.
 
-use super::inputs::{AttendInputs, Prepared, defines, fits, tile_bytes};
+use super::inputs::{AttendInputs, Prepared, defines, fits, fitting, tile_bytes};
 use super::rows;
 use super::sum::sum;
 use crate::cuda::launch::{Kernel, Launch, Parameters, blocks};
@@ -89,22 +89,29 @@ impl Cut {
             _ => (4, 64),
         };
         let rows = problem.group() * nq;
-        let tiles = nk.div_ceil(keys);
-        if nq <= FEW_QUERIES && tiles > 1 {
+        if nq <= FEW_QUERIES && nk > keys {
             let warps = rows.div_ceil(16).clamp(1, most_warps);
+            let keys = fitting(problem, keys, |keys| shared_bytes(problem, 16 * warps, keys));
+            let tiles = nk.div_ceil(keys);
             let units = (b * hkv * rows.div_ceil(16 * warps)).max(1);
             let wanted = (problem.target.multiprocessors as usize * BLOCKS_PER_MULTIPROCESSOR).div_ceil(units);
             let each = tiles.div_ceil(wanted.min(tiles)).max(2);
             return Self { warps, row_tiles: 1, keys, split: Some((each, tiles.div_ceil(each))) };
         }
         // 32 rows a warp halve the traffic of the key tiles in shared memory; beyond 128 columns registers do not hold their sums.
-        let half = dtype.size() == 2;
-        Self { warps: most_warps, row_tiles: if half && dim <= 128 && nq > 64 { 2 } else { 1 }, keys, split: None }
+        let row_tiles = if dtype.size() == 2 && dim <= 128 && nq > 64 { 2 } else { 1 };
+        let keys = fitting(problem, keys, |keys| shared_bytes(problem, 16 * most_warps * row_tiles, keys));
+        Self { warps: most_warps, row_tiles, keys, split: None }
     }
 
     const fn rows(&self) -> usize {
         16 * self.warps * self.row_tiles
     }
+}
+
+/// Shared memory of a block: its queries, a tile of keys, one of values.
+fn shared_bytes(problem: &AttendProblem, rows: usize, keys: usize) -> usize {
+    tile_bytes(rows + 2 * keys, problem.query.dtype, problem.query.shape[3])
 }
 
 /// The regions of forward's workspace.
@@ -167,9 +174,9 @@ fn softmax(
     (inputs, part): (AttendInputs, i64),
     launches: &mut Vec<Launch>,
 ) -> Result<()> {
-    let [b, hq, nq, dim] = problem.query.shape;
+    let [b, hq, nq, _] = problem.query.shape;
     let (hkv, rows) = (problem.key.shape[1], problem.group() * nq);
-    let (cut, dtype) = (plan.cut, problem.query.dtype);
+    let cut = plan.cut;
     let mass = match outputs.mass {
         Some((MassBy::Relation, mass)) => mass.pointer,
         _ => 0,
@@ -207,7 +214,7 @@ fn softmax(
             kernel: Kernel { source: Source::AttendForward, entry: "attend_forward", defines },
             grid,
             block: 32 * cut.warps as u32,
-            shared: tile_bytes(cut.rows() + 2 * cut.keys, dtype, dim) as u32,
+            shared: shared_bytes(problem, cut.rows(), cut.keys) as u32,
             params: params.bytes(),
         },
     )?);

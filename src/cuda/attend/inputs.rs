@@ -187,6 +187,17 @@ pub(super) fn tile_bytes(rows: usize, dtype: DType, dim: usize) -> usize {
     rows * (dim.next_multiple_of(16) * dtype.size() + 16)
 }
 
+/// The largest size of a tile, `most` or a half of it and so on, with which a block asks for no more shared memory than the
+/// device has; the products want steps of 16 on tensor cores, of 8 elsewhere.
+pub(super) fn fitting(problem: &AttendProblem, most: usize, bytes: impl Fn(usize) -> usize) -> usize {
+    let least = if problem.query.dtype.size() == 2 { 16 } else { 8 };
+    let mut size = most;
+    while size / 2 >= least && bytes(size) > problem.target.shared_limit as usize {
+        size /= 2;
+    }
+    size
+}
+
 /// The most blocks in the second dimension of a grid.
 const MOST_BLOCKS: usize = 65_535;
 
@@ -194,7 +205,8 @@ const MOST_BLOCKS: usize = 65_535;
 pub(super) fn fits(problem: &AttendProblem, launch: Launch) -> Result<Launch> {
     let [b, hq, nq, dim] = problem.query.shape;
     let nk = problem.key.shape[2];
-    let most = i32::MAX as usize;
+    // Kernels count queries and keys in 32 bits, the last tile of them whole.
+    let most = i32::MAX as usize - TOKENS;
     if dim == 0 {
         let wanted = "a head dimension D of at least 8 on CUDA".to_owned();
         return Err(Error::Shape { argument: "query", given: print_shape(&[b, hq, nq, dim]), wanted });

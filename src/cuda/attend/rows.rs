@@ -1,6 +1,6 @@
 //! Launches of `attend_rows`, the second pass over query rows: gradients of queries, or mass by modality.
 
-use super::inputs::{AttendInputs, defines, fits, tile_bytes};
+use super::inputs::{AttendInputs, defines, fits, fitting, tile_bytes};
 use crate::cuda::launch::{Kernel, Launch, Parameters, blocks};
 use crate::cuda::problem::AttendProblem;
 use crate::cuda::source::Source;
@@ -55,9 +55,10 @@ pub(super) fn launch(problem: &AttendProblem, params: &RowsParams, pass: Pass) -
     };
     let rows = 16 * warps * row_tiles;
     let tiles = if is_mass { 1 } else { 2 };
-    let shared = |stages: usize| tile_bytes(tiles * (rows + stages * keys), dtype, dim);
-    let two_stages = dtype.size() == 2 && dim <= 128 && shared(2) <= problem.target.shared_limit as usize;
+    let shared = |stages: usize, keys: usize| tile_bytes(tiles * (rows + stages * keys), dtype, dim);
+    let two_stages = dtype.size() == 2 && dim <= 128 && shared(2, keys) <= problem.target.shared_limit as usize;
     let stages = if two_stages { 2 } else { 1 };
+    let keys = fitting(problem, keys, |keys| shared(stages, keys));
     let mut defines = defines(problem);
     defines.extend([
         ("PARTS", problem.combine.parts() as i64),
@@ -74,7 +75,7 @@ pub(super) fn launch(problem: &AttendProblem, params: &RowsParams, pass: Pass) -
             kernel: Kernel { source: Source::AttendRows, entry: "attend_rows", defines },
             grid: [(b * hq) as u32, blocks(nq, rows), 1],
             block: 32 * warps as u32,
-            shared: shared(stages) as u32,
+            shared: shared(stages, keys) as u32,
             params: params.bytes(),
         },
     )

@@ -6,63 +6,63 @@ use crate::cuda::problem::{AlignGradients, AlignOutputs, AlignProblem, AlignUpst
 use crate::problem::Basis;
 use pyo3::prelude::*;
 
-type Tensor<'a, 'py> = &'a Bound<'py, PyAny>;
-
-/// What forward and backward read, as Python gives it.
-struct Inputs<'a, 'py> {
-    rows: [Tensor<'a, 'py>; 2],
-    modality: Tensor<'a, 'py>,
-    tables: [Tensor<'a, 'py>; 2],
-    context: Option<Tensor<'a, 'py>>,
-    basis: Option<Tensor<'a, 'py>>,
-    kind: &'a str,
+/// What forward and backward read.
+#[derive(FromPyObject)]
+pub(in crate::py) struct Inputs<'py> {
+    #[pyo3(item(0))]
+    key: Bound<'py, PyAny>,
+    #[pyo3(item(1))]
+    value: Bound<'py, PyAny>,
+    #[pyo3(item(2))]
+    modality: Bound<'py, PyAny>,
+    #[pyo3(item(3))]
+    keep: Bound<'py, PyAny>,
+    #[pyo3(item(4))]
+    mix: Bound<'py, PyAny>,
+    #[pyo3(item(5))]
+    kind: String,
+    #[pyo3(item(6))]
+    context: Option<Bound<'py, PyAny>>,
+    #[pyo3(item(7))]
+    basis: Option<Bound<'py, PyAny>>,
+    #[pyo3(item(8))]
     eps: f64,
+    /// Components of a key that are real; the others fill its row up with zeros.
+    #[pyo3(item(9))]
     dim: usize,
 }
 
-impl<'py> Inputs<'_, 'py> {
-    fn problem(&self, call: &mut Call<'py>) -> PyResult<AlignProblem> {
-        let ([key, value], [keep, mix]) = (self.rows, self.tables);
+impl<'py> Inputs<'py> {
+    /// The call and its problem. Python's tuple keeps the tensors alive until the call ends.
+    fn problem(self, place: Place<'py>) -> PyResult<(Call<'py>, AlignProblem)> {
+        let (mut call, key) = Call::new("key", &self.key, "(B, Hkv, Nk, D)", place)?;
         let problem = AlignProblem {
             target: call.gpu.target(),
             record: call.gpu.record(),
-            key: call.read("key", key, "(B, Hkv, Nk, D)")?,
-            value: call.read("value", value, "(B, Hkv, Nk, D)")?,
-            modality: call.read("modality", self.modality, "(B, N): one id a token")?,
-            context: call.read_if("context", self.context, "(B, N)")?,
-            keep: call.read("keep", keep, "(M, D, D)")?,
-            mix: call.read("mix", mix, "(M, D, D)")?,
-            basis: call.read_if("basis", self.basis, "(B, Hkv, M, D, D)")?,
-            kind: Basis::parse(self.kind)?,
+            key,
+            value: call.read("value", &self.value, "(B, Hkv, Nk, D)")?,
+            modality: call.read("modality", &self.modality, "(B, N): one id a token")?,
+            context: call.read_if("context", self.context.as_ref(), "(B, N)")?,
+            keep: call.read("keep", &self.keep, "(M, D, D)")?,
+            mix: call.read("mix", &self.mix, "(M, D, D)")?,
+            basis: call.read_if("basis", self.basis.as_ref(), "(B, Hkv, M, D, D)")?,
+            kind: Basis::parse(&self.kind)?,
             eps: self.eps,
             dim: self.dim,
         };
-        Ok(problem.validated()?)
+        Ok((call, problem.validated()?))
     }
 }
 
-/// Writes k' into `aligned` and, where no basis is given, G into `basis_out`. `dim` components of a key are real; the
-/// others fill its row up with zeros.
+/// Writes k' into `aligned` and, where no basis is given, G into `basis_out`.
 #[pyfunction]
-#[allow(clippy::too_many_arguments, reason = "the operator's arguments, then where it writes")]
 pub(in crate::py) fn cuda_align_forward<'py>(
-    key: &Bound<'py, PyAny>,
-    value: &Bound<'py, PyAny>,
-    modality: &Bound<'py, PyAny>,
-    keep: &Bound<'py, PyAny>,
-    mix: &Bound<'py, PyAny>,
-    kind: &str,
-    context: Option<&Bound<'py, PyAny>>,
-    basis: Option<&Bound<'py, PyAny>>,
-    eps: f64,
-    dim: usize,
+    inputs: Inputs<'py>,
     aligned: &Bound<'py, PyAny>,
     basis_out: Option<&Bound<'py, PyAny>>,
     place: Place<'py>,
 ) -> PyResult<()> {
-    let mut call = Call::new("key", key, place)?;
-    let inputs = Inputs { rows: [key, value], modality, tables: [keep, mix], context, basis, kind, eps, dim };
-    let problem = inputs.problem(&mut call)?;
+    let (mut call, problem) = inputs.problem(place)?;
     let outputs = AlignOutputs {
         aligned: call.write("aligned", aligned, "(B, Hkv, Nk, D)")?,
         basis: call.write_if("basis_out", basis_out, "(B, Hkv, M, D, D)")?,
@@ -72,21 +72,12 @@ pub(in crate::py) fn cuda_align_forward<'py>(
     call.run(bytes, |workspace| align::forward(&problem, &outputs, workspace))
 }
 
-/// Writes the gradients. `basis` is G as forward used it; `computed` says that forward made it from the keys.
+/// Writes the gradients. The basis is G as forward used it; `computed` says that forward made it from the keys.
 #[pyfunction]
-#[allow(clippy::too_many_arguments, reason = "the operator's arguments, what backward starts from, where it writes")]
+#[allow(clippy::too_many_arguments, reason = "what backward reads, what it starts from, where it writes")]
 pub(in crate::py) fn cuda_align_backward<'py>(
-    key: &Bound<'py, PyAny>,
-    value: &Bound<'py, PyAny>,
-    modality: &Bound<'py, PyAny>,
-    keep: &Bound<'py, PyAny>,
-    mix: &Bound<'py, PyAny>,
-    kind: &str,
-    context: Option<&Bound<'py, PyAny>>,
-    basis: &Bound<'py, PyAny>,
+    inputs: Inputs<'py>,
     computed: bool,
-    eps: f64,
-    dim: usize,
     d_aligned: &Bound<'py, PyAny>,
     d_basis: Option<&Bound<'py, PyAny>>,
     d_key: &Bound<'py, PyAny>,
@@ -96,10 +87,7 @@ pub(in crate::py) fn cuda_align_backward<'py>(
     d_basis_given: Option<&Bound<'py, PyAny>>,
     place: Place<'py>,
 ) -> PyResult<()> {
-    let mut call = Call::new("key", key, place)?;
-    let (tables, basis) = ([keep, mix], Some(basis));
-    let inputs = Inputs { rows: [key, value], modality, tables, context, basis, kind, eps, dim };
-    let problem = inputs.problem(&mut call)?;
+    let (mut call, problem) = inputs.problem(place)?;
     let upstream = AlignUpstream {
         aligned: call.read("d_aligned", d_aligned, "(B, Hkv, Nk, D)")?,
         basis: call.read_if("d_basis", d_basis, "(B, Hkv, M, D, D)")?,

@@ -7,34 +7,47 @@ use crate::problem::{Combine, MassBy};
 use crate::py::arguments::keys_before;
 use pyo3::prelude::*;
 
-type Tensor<'a, 'py> = &'a Bound<'py, PyAny>;
-
-/// What forward and backward read, as Python gives it.
-struct Inputs<'a, 'py> {
-    rows: [Tensor<'a, 'py>; 3],
-    modality: Tensor<'a, 'py>,
-    query_modality: Option<Tensor<'a, 'py>>,
+/// What forward and backward read.
+#[derive(FromPyObject)]
+pub(in crate::py) struct Inputs<'py> {
+    #[pyo3(item(0))]
+    query: Bound<'py, PyAny>,
+    #[pyo3(item(1))]
+    key: Bound<'py, PyAny>,
+    #[pyo3(item(2))]
+    value: Bound<'py, PyAny>,
+    #[pyo3(item(3))]
+    modality: Bound<'py, PyAny>,
+    #[pyo3(item(4))]
+    query_modality: Option<Bound<'py, PyAny>>,
+    #[pyo3(item(5))]
     causal: bool,
+    #[pyo3(item(6))]
     scale: f64,
-    sink: Option<Tensor<'a, 'py>>,
-    bias: Option<Tensor<'a, 'py>>,
-    key_range: Option<Tensor<'a, 'py>>,
-    combine: Combine,
+    #[pyo3(item(7))]
+    sink: Option<Bound<'py, PyAny>>,
+    #[pyo3(item(8))]
+    bias: Option<Bound<'py, PyAny>>,
+    #[pyo3(item(9))]
+    key_range: Option<Bound<'py, PyAny>>,
+    #[pyo3(item(10))]
+    combine: String,
+    #[pyo3(item(11))]
     num_modalities: Option<usize>,
 }
 
-impl<'py> Inputs<'_, 'py> {
-    fn problem(&self, call: &mut Call<'py>) -> PyResult<AttendProblem> {
-        let [query, key, value] = self.rows;
-        let query: DeviceTensor<4> = call.read("query", query, "(B, Hq, Nq, D)")?;
-        let nq = query.shape[2];
+impl<'py> Inputs<'py> {
+    /// The call and its problem. Python's tuple keeps the tensors alive until the call ends.
+    fn problem(self, place: Place<'py>) -> PyResult<(Call<'py>, AttendProblem)> {
+        let (mut call, query): (_, DeviceTensor<4>) = Call::new("query", &self.query, "(B, Hq, Nq, D)", place)?;
+        let (nq, combine) = (query.shape[2], Combine::parse(&self.combine)?);
         let ids = "(B, N): one id a token";
-        let modality: DeviceTensor<2> = call.read("modality", self.modality, ids)?;
-        let query_modality = match self.query_modality {
+        let modality: DeviceTensor<2> = call.read("modality", &self.modality, ids)?;
+        let query_modality = match &self.query_modality {
             Some(given) => call.read("query_modality", given, ids)?,
             None => modality.skip(1, keys_before(modality.shape, nq)?),
         };
-        let sink = match (self.sink, self.combine) {
+        let sink = match (&self.sink, combine) {
             (None, _) => None,
             (Some(sink), Combine::Joint) => Some(call.read::<3>("sink", sink, "(B|1, Hq|1, Nq)")?.with_last()),
             (Some(sink), Combine::Split) => Some(call.read("sink", sink, "(B|1, Hq|1, Nq, 2)")?),
@@ -44,38 +57,26 @@ impl<'py> Inputs<'_, 'py> {
             target: call.gpu.target(),
             record: call.gpu.record(),
             query,
-            key: call.read("key", key, "(B, Hkv, Nk, D)")?,
-            value: call.read("value", value, "(B, Hkv, Nk, D)")?,
+            key: call.read("key", &self.key, "(B, Hkv, Nk, D)")?,
+            value: call.read("value", &self.value, "(B, Hkv, Nk, D)")?,
             modality,
             query_modality,
             sink,
-            bias: call.read_if("modality_bias", self.bias, "(B|1, Hq|1, M, M)")?,
-            key_range: call.read_if("key_range", self.key_range, &range)?,
+            bias: call.read_if("modality_bias", self.bias.as_ref(), "(B|1, Hq|1, M, M)")?,
+            key_range: call.read_if("key_range", self.key_range.as_ref(), &range)?,
             causal: self.causal,
             scale: self.scale,
-            combine: self.combine,
+            combine,
             num_modalities: self.num_modalities,
         };
-        Ok(problem.validated()?)
+        Ok((call, problem.validated()?))
     }
 }
 
 /// Writes o into `out`, L into `lse` and, where they are given, the two parts of "split" and the attention mass.
 #[pyfunction]
-#[allow(clippy::too_many_arguments, reason = "the operator's arguments, then where it writes")]
 pub(in crate::py) fn cuda_attend_forward<'py>(
-    query: &Bound<'py, PyAny>,
-    key: &Bound<'py, PyAny>,
-    value: &Bound<'py, PyAny>,
-    modality: &Bound<'py, PyAny>,
-    query_modality: Option<&Bound<'py, PyAny>>,
-    is_causal: bool,
-    scale: f64,
-    sink: Option<&Bound<'py, PyAny>>,
-    bias: Option<&Bound<'py, PyAny>>,
-    key_range: Option<&Bound<'py, PyAny>>,
-    combine: &str,
-    num_modalities: Option<usize>,
+    inputs: Inputs<'py>,
     mass_by: &str,
     out: &Bound<'py, PyAny>,
     lse: &Bound<'py, PyAny>,
@@ -83,20 +84,7 @@ pub(in crate::py) fn cuda_attend_forward<'py>(
     mass: Option<&Bound<'py, PyAny>>,
     place: Place<'py>,
 ) -> PyResult<()> {
-    let mut call = Call::new("query", query, place)?;
-    let inputs = Inputs {
-        rows: [query, key, value],
-        modality,
-        query_modality,
-        causal: is_causal,
-        scale,
-        sink,
-        bias,
-        key_range,
-        combine: Combine::parse(combine)?,
-        num_modalities,
-    };
-    let problem = inputs.problem(&mut call)?;
+    let (mut call, problem) = inputs.problem(place)?;
     let mass = call.write_if("mass", mass, "(B, Hq, Nq, columns)")?;
     let outputs = AttendOutputs {
         out: call.write("out", out, "(B, Hq, Nq, D)")?,
@@ -112,19 +100,9 @@ pub(in crate::py) fn cuda_attend_forward<'py>(
 /// Writes the gradients; those of sink (B, Hq, Nq, softmaxes) and bias (B, Hq, M, M) in full size, before any broadcast
 /// is summed away.
 #[pyfunction]
-#[allow(clippy::too_many_arguments, reason = "the operator's arguments, what backward starts from, where it writes")]
+#[allow(clippy::too_many_arguments, reason = "what backward reads, what it starts from, where it writes")]
 pub(in crate::py) fn cuda_attend_backward<'py>(
-    query: &Bound<'py, PyAny>,
-    key: &Bound<'py, PyAny>,
-    value: &Bound<'py, PyAny>,
-    modality: &Bound<'py, PyAny>,
-    query_modality: Option<&Bound<'py, PyAny>>,
-    is_causal: bool,
-    scale: f64,
-    sink: Option<&Bound<'py, PyAny>>,
-    bias: Option<&Bound<'py, PyAny>>,
-    key_range: Option<&Bound<'py, PyAny>>,
-    combine: &str,
+    inputs: Inputs<'py>,
     d_out: &Bound<'py, PyAny>,
     out: &Bound<'py, PyAny>,
     lse: &Bound<'py, PyAny>,
@@ -136,20 +114,7 @@ pub(in crate::py) fn cuda_attend_backward<'py>(
     d_bias: Option<&Bound<'py, PyAny>>,
     place: Place<'py>,
 ) -> PyResult<()> {
-    let mut call = Call::new("query", query, place)?;
-    let inputs = Inputs {
-        rows: [query, key, value],
-        modality,
-        query_modality,
-        causal: is_causal,
-        scale,
-        sink,
-        bias,
-        key_range,
-        combine: Combine::parse(combine)?,
-        num_modalities: None,
-    };
-    let problem = inputs.problem(&mut call)?;
+    let (mut call, problem) = inputs.problem(place)?;
     let upstream = AttendUpstream {
         out_gradient: call.read("d_out", d_out, "(B, Hq, Nq, D)")?,
         out: call.read("out", out, "(B, Hq, Nq, D)")?,

@@ -1,5 +1,7 @@
 //! The operators on CUDA tensors: each imports its tensors, checks the problem, has torch allocate the workspace and
 //! launches the plan on torch's stream. Nothing waits for the device.
+//!
+//! What forward and backward of an operator both read comes as one tuple.
 
 mod align;
 mod attend;
@@ -32,13 +34,21 @@ struct Call<'py> {
 }
 
 impl<'py> Call<'py> {
-    /// A call on the device of its first tensor. Raises what an earlier call on it could not.
-    fn new(first: &'static str, tensor: &Bound<'py, PyAny>, (stream, allocate): Place<'py>) -> PyResult<Self> {
-        let tensor = OnDevice::new(first, tensor, || "cuda".to_owned())?;
-        let ordinal = tensor.ordinal();
+    /// A call on the device of its first tensor, which it reads. Raises what an earlier call on it could not.
+    fn new<const R: usize>(
+        first: &'static str,
+        tensor: &Bound<'py, PyAny>,
+        wanted: &str,
+        (stream, allocate): Place<'py>,
+    ) -> PyResult<(Self, DeviceTensor<R>)> {
+        let imported = OnDevice::new(first, tensor, || "cuda".to_owned())?;
+        let ordinal = imported.ordinal();
         let gpu = compute(allocate.py(), || Gpu::get(ordinal))?;
         gpu.check_record()?;
-        Ok(Self { py: allocate.py(), gpu, ordinal, first, kept: Vec::with_capacity(16), stream, allocate })
+        let mut kept = Vec::with_capacity(16);
+        let tensor = imported.tensor(first, wanted)?;
+        kept.push(imported);
+        Ok((Self { py: allocate.py(), gpu, ordinal, first, kept, stream, allocate }, tensor))
     }
 
     fn import(&self, argument: &'static str, tensor: &Bound<'py, PyAny>) -> PyResult<OnDevice> {

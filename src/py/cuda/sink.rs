@@ -5,38 +5,32 @@ use crate::cuda::align;
 use crate::cuda::problem::SinkProblem;
 use pyo3::prelude::*;
 
-/// What forward and backward read.
-fn problem<'py>(
-    call: &mut Call<'py>,
-    [position, query_modality, decay, base]: [&Bound<'py, PyAny>; 4],
-    span: i64,
-) -> PyResult<SinkProblem> {
+/// What forward and backward read: position, query modality, span, decay, base.
+type Inputs<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, i64, Bound<'py, PyAny>, Bound<'py, PyAny>);
+
+fn problem<'py>(inputs: Inputs<'py>, place: Place<'py>) -> PyResult<(Call<'py>, SinkProblem)> {
+    let (position, query_modality, span, decay, base) = inputs;
+    let (mut call, position) = Call::new("position", &position, "(B, Nq)", place)?;
     let problem = SinkProblem {
         target: call.gpu.target(),
         record: call.gpu.record(),
-        position: call.read("position", position, "(B, Nq)")?,
-        query_modality: call.read("query_modality", query_modality, "(B, N): one id a token")?,
+        position,
+        query_modality: call.read("query_modality", &query_modality, "(B, N): one id a token")?,
         span,
-        decay: call.read("decay", decay, "(M, Hq)")?,
-        base: call.read("base", base, "(M, Hq)")?,
+        decay: call.read("decay", &decay, "(M, Hq)")?,
+        base: call.read("base", &base, "(M, Hq)")?,
     };
-    Ok(problem.validated()?)
+    Ok((call, problem.validated()?))
 }
 
 /// Writes the sink logits (B, Hq, Nq) into `sink`.
 #[pyfunction]
-#[allow(clippy::too_many_arguments, reason = "the operator's arguments, then where it writes")]
 pub(in crate::py) fn cuda_sink_forward<'py>(
-    position: &Bound<'py, PyAny>,
-    query_modality: &Bound<'py, PyAny>,
-    span: i64,
-    decay: &Bound<'py, PyAny>,
-    base: &Bound<'py, PyAny>,
+    inputs: Inputs<'py>,
     sink: &Bound<'py, PyAny>,
     place: Place<'py>,
 ) -> PyResult<()> {
-    let mut call = Call::new("position", position, place)?;
-    let problem = problem(&mut call, [position, query_modality, decay, base], span)?;
+    let (mut call, problem) = problem(inputs, place)?;
     let sink = call.write("sink", sink, "(B, Hq, Nq)")?;
     problem.check_outputs(&sink)?;
     call.run(0, |_| Ok(align::pseudo_sink(&problem, sink)))
@@ -44,20 +38,14 @@ pub(in crate::py) fn cuda_sink_forward<'py>(
 
 /// Writes the gradients (M, Hq) of decay and base.
 #[pyfunction]
-#[allow(clippy::too_many_arguments, reason = "the operator's arguments, what backward starts from, where it writes")]
 pub(in crate::py) fn cuda_sink_backward<'py>(
-    position: &Bound<'py, PyAny>,
-    query_modality: &Bound<'py, PyAny>,
-    span: i64,
-    decay: &Bound<'py, PyAny>,
-    base: &Bound<'py, PyAny>,
+    inputs: Inputs<'py>,
     d_sink: &Bound<'py, PyAny>,
     d_decay: &Bound<'py, PyAny>,
     d_base: &Bound<'py, PyAny>,
     place: Place<'py>,
 ) -> PyResult<()> {
-    let mut call = Call::new("position", position, place)?;
-    let problem = problem(&mut call, [position, query_modality, decay, base], span)?;
+    let (mut call, problem) = problem(inputs, place)?;
     let d_sink = call.read("d_sink", d_sink, "(B, Hq, Nq)")?;
     let (d_decay, d_base) = (call.write("d_decay", d_decay, "(M, Hq)")?, call.write("d_base", d_base, "(M, Hq)")?);
     problem.check_gradients(&d_sink, [&d_decay, &d_base])?;
