@@ -6,7 +6,7 @@ import gc
 import statistics
 import traceback
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def _peers(x: peers.Inputs, device: str) -> dict[str, peers.Peer]:
         return known
     del known["sdpa"]
     kinds = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
-    return known | {name: _only(backend) for name, backend in kinds.items()} | {"flex_moda": _flex}
+    return known | {name: _only(backend) for name, backend in kinds.items()} | {"flex_moda": _flex(x)}
 
 
 def _only(backend: SDPBackend) -> peers.Peer:
@@ -136,28 +136,27 @@ def _only(backend: SDPBackend) -> peers.Peer:
     return sdpa
 
 
-@cache
-def _compiled_flex(tokens: int, device: torch.device) -> tuple[Callable[..., Any], Any]:
-    """FlexAttention compiled, and its mask of blocks."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device=device)
-    return torch.compile(flex_attention, dynamic=False), mask
-
-
-def _flex(x: peers.Inputs) -> Tensor:
-    """FlexAttention: the bias as its score_mod, the sink from its logsumexp."""
-    from torch.nn.attention.flex_attention import AuxRequest
-
-    modality, bias = x.modality, x.bias
+def _flex(x: peers.Inputs) -> peers.Peer:
+    """FlexAttention: the bias as its score_mod, the sink from its logsumexp. Compiled at the first call."""
+    modality, bias, tokens = x.modality, x.bias, x.query.shape[2]
 
     def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return value + bias[0, h, modality[b, i], modality[b, j]]
 
-    compiled, mask = _compiled_flex(x.query.shape[2], x.query.device)
-    options = {"score_mod": score, "block_mask": mask, "enable_gqa": True, "return_aux": AuxRequest(lse=True)}
-    out, more = compiled(x.query, peers._eager_align(x), x.value, **options)
-    return out * torch.sigmoid(more.lse - x.sink)[..., None].to(out.dtype)
+    @cache
+    def compiled() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Any]]:
+        from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+        torch._dynamo.reset()  # it gives up on a function that it has compiled for a few shapes
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device=x.query.device)
+        options = {"score_mod": score, "block_mask": mask, "enable_gqa": True, "return_aux": AuxRequest(lse=True)}
+        return partial(torch.compile(flex_attention, dynamic=False), **options)
+
+    def flex_moda(x: peers.Inputs) -> Tensor:
+        out, more = compiled()(x.query, peers._eager_align(x), x.value)
+        return out * torch.sigmoid(more.lse - x.sink)[..., None].to(out.dtype)
+
+    return flex_moda
 
 
 def _times(

@@ -141,9 +141,10 @@ impl<'p> Description<'p> {
             }
         };
         let shape = read(tensor.shape);
-        let strides = match tensor.strides.is_null() {
-            true => Cow::Owned(compact_strides(shape)),
-            false => Cow::Borrowed(read(tensor.strides)),
+        let strides = if tensor.strides.is_null() {
+            Cow::Owned(compact_strides(shape))
+        } else {
+            Cow::Borrowed(read(tensor.strides))
         };
         let base = tensor.data.cast::<u8>();
         // A null pointer with an offset is still no data.

@@ -290,7 +290,10 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
             let before = self.running[row].top;
             // SAFETY: scores and sums of existing rows, the scores from the first key that they reach on.
             let (scores, sums) = unsafe {
-                (self.scores.as_mut_ptr().add(row * score_stride + near.start), self.sums.as_mut_ptr().add(row * stride))
+                (
+                    self.scores.as_mut_ptr().add(row * score_stride + near.start),
+                    self.sums.as_mut_ptr().add(row * stride),
+                )
             };
             let factor = self.problem.scale * D::Real::LOG2_E;
             let span = Span { scores, factor, added, numbers, first: 0, visible: 0, reach: near.len() };
