@@ -279,9 +279,9 @@ impl<'a, D: Dot, T: Element<Acc = D::Real>> Worker<'a, D, T> {
         let of = self.infos[rows.start].row;
         // Mass is added row by row.
         let end = if self.mass.is_some() { rows.start + 1 } else { rows.end.min(rows.start + self.alike[rows.start]) };
-        // SAFETY: tables are of a whole block of keys, of which `near` is a part; padding sees none of them.
         let added = match of.modality {
-            PADDING => Added::Same(D::Real::NEG_INFINITY),
+            PADDING => Added::Same(D::Real::NEG_INFINITY), // sees none of them
+            // SAFETY: tables are of a whole block of keys, of which `near` is a part.
             _ => unsafe { self.tables.added(self.problem, keys, of).after(near.start) },
         };
         let numbers = (D::DEPTH > 1 && self.mass.is_some()).then(|| self.numbers.as_mut_ptr());
