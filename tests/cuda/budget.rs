@@ -148,11 +148,10 @@ fn budget(kernel: &Kernel) -> (usize, usize) {
     match (kernel.entry, dim) {
         // Their sums alone fill the registers.
         ("attend_forward", ..=128) => (160, 2),
-        ("attend_keys" | "attend_rows", ..=64) => (32, 2),
+        ("attend_keys" | "attend_rows", ..=64) | ("maps" | "mix_gradient" | "others_gradient", _) => (32, 2),
         ("attend_forward" | "attend_keys" | "attend_rows", _) => (160, 1),
         ("token_gradients", _) => (128, 1),
         ("align_keys" | "outer_sums", _) => (32, 1),
-        ("maps" | "mix_gradient" | "others_gradient", _) => (32, 2),
         _ => (0, 4),
     }
 }
