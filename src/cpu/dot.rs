@@ -22,8 +22,6 @@ pub(crate) trait Dot: Copy + Send + Sync + 'static {
     type Units: Copy;
     /// Numbers in a unit: 1 or 2.
     const DEPTH: usize;
-    /// As [`CpuReal::EXP2`], as exact as numbers need to be that are then rounded to operands.
-    const EXP2: &'static [Self::Real];
 
     /// The token of the vectors.
     fn simd(self) -> Self::Simd;
@@ -68,7 +66,6 @@ impl<S: Simd> Dot for S {
     type Unit = S::Real;
     type Units = S::Vector;
     const DEPTH: usize = 1;
-    const EXP2: &'static [S::Real] = S::Real::EXP2;
 
     #[inline(always)]
     fn simd(self) -> S {

@@ -285,7 +285,6 @@ impl Dot for Amx {
     type Unit = Pair;
     type Units = __m512i;
     const DEPTH: usize = 2;
-    const EXP2: &'static [f32] = Avx512Bf16::EXP2;
 
     #[inline(always)]
     fn simd(self) -> Avx512<f32> {

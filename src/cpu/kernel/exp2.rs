@@ -6,16 +6,10 @@ use crate::cpu::simd::Simd;
 /// 2^x for x <= 0 (a little above is fine). Exactly 0 for minus infinity, NaN for NaN.
 #[inline(always)]
 pub(crate) fn exp2<S: Simd>(s: S, x: S::Vector) -> S::Vector {
-    exp2_by(s, S::Real::EXP2, x)
-}
-
-/// [`exp2`] by another polynomial than that of the type's own precision.
-#[inline(always)]
-pub(crate) fn exp2_by<S: Simd>(s: S, polynomial: &[S::Real], x: S::Vector) -> S::Vector {
     let x = s.max(s.splat(S::Real::EXP2_LOWEST), x);
     let n = s.round(x);
     let r = s.sub(x, n);
-    let (highest, rest) = polynomial.split_last().expect("a polynomial has a coefficient");
+    let (highest, rest) = S::Real::EXP2.split_last().expect("a polynomial has a coefficient");
     let mut p = s.splat(*highest);
     for &coefficient in rest.iter().rev() {
         p = s.mul_add(p, r, s.splat(coefficient));

@@ -4,7 +4,7 @@
 //! the maximum need not be exact: it must only be near enough that nothing overflows ([`follow`]). Where the sum of a
 //! block shows that it is not, the caller computes the scores again and the maximum moves ([`settle`]).
 
-use super::exp2::{exp2_by, exp2_one};
+use super::exp2::{exp2, exp2_one};
 use crate::cpu::dot::Dot;
 use crate::cpu::simd::{Simd, Task};
 use crate::dtype::Real;
@@ -343,7 +343,7 @@ unsafe fn weigh_register<D: Dot, const EACH: bool, const EDGE: bool>(
     unsafe {
         // Subtracted last: near the maximum that is exact, while a sum with the mask rounds for the whole row.
         let x = s.sub(relative.score::<D::Simd, EACH>(s, &span, at), relative.top);
-        let mut p = exp2_by(s, D::EXP2, x);
+        let mut p = exp2(s, x);
         if EDGE {
             p = span.visible_of(s, at, p, s.zero());
         }
