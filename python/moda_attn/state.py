@@ -48,10 +48,6 @@ class LayerState:
         """The state after more tokens (B, n); the bases stay those of the prompt."""
         return replace(self, modality=torch.cat([self.modality, modality.to(self.modality)], dim=-1))
 
-    def shortened(self, length: int) -> LayerState:
-        """The state with only the first `length` keys."""
-        return replace(self, modality=self.modality[:, :length])
-
     def rows(self, pick: Callable[[Tensor], Tensor]) -> LayerState:
         """The state with `pick` applied along the batch dimension of every tensor."""
         return LayerState(
